@@ -1,0 +1,163 @@
+"""The place for one step of an implicit Runge-Kutta method, solved by Broyden's method.
+
+The slopes k of the stages satisfy k_i = f(t_i, y + h sum_j a_ij k_j). Broyden's "good" method
+starts from the identity as Jacobian and the slope at the start of the step as guess, so the field
+is only ever evaluated, never differentiated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .inputs import Perturb
+from .tableau import Tableau
+
+NOT_CONVERGED = "Functional iteration did not converge. Solution may be incorrect."
+
+
+def broyden(
+    residual: Callable[[Tensor], Tensor], x: Tensor, *, tol: float, max_iters: int
+) -> tuple[Tensor, bool]:
+    """Solve residual(x) = 0 by Broyden's good method from the Jacobian J = 1.
+
+    The iterates are those of the textbook form J += r s^H / (s^H s), s = -J^-1 r with a dense J
+    (r: the residual after the step s), but J^-1 is kept as the product of the rank-one factors
+    (1 + s_{j+1} s_j^H / s_j^H s_j). So only the steps are stored: O(n m) memory and work per
+    iteration for n unknowns and m steps so far, instead of O(n^2) and O(n^3).
+
+    Everything is made of differentiable torch operations: autograd runs back through the iteration.
+
+    Args:
+        residual: function of a tensor shaped as `x` that returns a tensor of the same shape.
+        x: starting point, real or complex (holomorphic residual for the classical convergence).
+        tol: stop when the 2-norm of the residual is below it.
+        max_iters: at most so many steps.
+
+    Returns:
+        The last iterate, and whether it was seen to converge. A Jacobian that became singular
+        stops the iteration at the last iterate, unconverged.
+
+    Source: Kelley, "Solving Nonlinear Equations with Newton's Method", SIAM 2003, section 4.3.
+
+    Example:
+        >>> root, converged = broyden(lambda x: x - x.cos(), torch.zeros(1), tol=1e-6, max_iters=9)
+        >>> converged, round(root.item(), 4)
+        (True, 0.7391)
+    """
+    r = residual(x)
+    steps: list[Tensor] = []
+    inverse_squares: list[Tensor] = []
+    # A denominator of this size is what rounding leaves of zero: J is singular to working precision.
+    singular_below = 4 * torch.finfo(x.dtype).eps
+    for _ in range(max_iters):
+        if torch.linalg.vector_norm(r.detach()) < tol:  # sync: the iteration ends by its residual
+            return x, True
+        s = -r.reshape(-1)
+        for previous, after, inverse_square in zip(
+            steps[:-1], steps[1:], inverse_squares[:-1], strict=True
+        ):
+            s = s + after * (torch.vdot(previous, s) * inverse_square)
+        if steps:
+            denominator = 1 - torch.vdot(steps[-1], s) * inverse_squares[-1]
+            if not denominator.detach().abs() > singular_below:  # sync: nor with NaN any further
+                return x, False
+            s = s / denominator
+        steps.append(s)
+        inverse_squares.append(1 / torch.vdot(s, s))
+        x = x + s.reshape(x.shape)
+        r = residual(x)
+    return x, False
+
+
+class BroydenStepper:
+    """Steps of a fully or diagonally implicit Runge-Kutta method.
+
+    Args:
+        func: field, called `func(t, y, perturb=Perturb.X)` with t 0-d and y shaped as `y0`.
+        y0: state that fixes shape, dtype and device: [*state], real or complex.
+        tableau: implicit tableau, see `implicit_tableaux`.
+        perturb: evaluate the slope at the start of a step just after its time, so that a step can
+            start at a discontinuity. (Stages at the end of a step always lie just before it.)
+        max_iters: at most so many Broyden steps for each system.
+        diagonal: solve one system per stage (a lower triangular tableau) instead of one for all.
+
+    The residual's 2-norm has to fall below 1e-6 for float32 and complex64, else 1e-8. Its absolute
+    meaning is torchdiffeq's, kept so that results agree.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Tensor],
+        y0: Tensor,
+        tableau: Tableau,
+        *,
+        perturb: bool = False,
+        max_iters: int = 100,
+        diagonal: bool,
+    ) -> None:
+        self.func = func
+        self.max_iters = max_iters
+        self.start_perturb = Perturb.NEXT if perturb else Perturb.NONE
+        self.time_dtype = y0.real.dtype if y0.is_complex() else y0.dtype
+        self.tol = 1e-6 if self.time_dtype == torch.float32 else 1e-8
+        self.c = tableau.c
+        self.a = torch.tensor(tableau.a, dtype=torch.float64).to(y0.device, y0.dtype)
+        self.b = torch.tensor(tableau.b, dtype=torch.float64).to(y0.device, y0.dtype)
+        implicit = [i for i, row in enumerate(tableau.a) if tableau.c[i] != 0 or any(row)]
+        self.systems = [[i] for i in implicit] if diagonal else [implicit]
+
+    def step(
+        self, t0: Tensor | float, t1: Tensor | float, h: Tensor | float, y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Advance from t0 to t1 = t0 + h.
+
+        Args:
+            t0: start of the step, 0-d.
+            t1: end of the step, 0-d.
+            h: signed length of the step, 0-d.
+            y: state at t0: [*state].
+
+        Returns:
+            The state at t1 and the slope at t0, both [*state]. Warns when a system did not
+            converge.
+        """
+        f0 = self.func(t0, y, perturb=self.start_perturb)
+        t0, t1, h = (torch.as_tensor(t, dtype=self.time_dtype, device=y.device) for t in (t0, t1, h))
+        k = [f0] * len(self.c)
+        for stages in self.systems:
+            self._solve_stages(stages, k, t0, t1, h, y)
+        return y + torch.tensordot(h * self.b, torch.stack(k), dims=1), f0
+
+    def _solve_stages(
+        self, stages: Sequence[int], k: list[Tensor], t0: Tensor, t1: Tensor, h: Tensor, y: Tensor
+    ) -> None:
+        """Replace the slopes of these stages in `k` by the solution of their system."""
+        known = [j for j in range(len(k)) if j not in stages and self.a[stages, j].any()]
+        base = y
+        if known:
+            known_slopes = torch.stack([k[j] for j in known])
+            base = y + torch.tensordot(h * self.a[stages][:, known], known_slopes, dims=1)
+        weights = h * self.a[stages][:, stages]
+
+        def residual(slopes: Tensor) -> Tensor:  # [len(stages), *state]
+            y_stages = base + torch.tensordot(weights, slopes, dims=1)
+            fields = [
+                self._field(i, t0, t1, h, y_i) for i, y_i in zip(stages, y_stages, strict=True)
+            ]
+            return slopes - torch.stack(fields)
+
+        guess = torch.stack([k[i] for i in stages])
+        solution, converged = broyden(residual, guess, tol=self.tol, max_iters=self.max_iters)
+        if not converged:
+            warnings.warn(NOT_CONVERGED, stacklevel=4)
+        for i, slope in zip(stages, solution, strict=True):
+            k[i] = slope
+
+    def _field(self, i: int, t0: Tensor, t1: Tensor, h: Tensor, y: Tensor) -> Tensor:
+        if self.c[i] == 1:
+            return self.func(t1, y, perturb=Perturb.PREV)
+        return self.func(t0 + self.c[i] * h, y, perturb=Perturb.NONE)
