@@ -1,0 +1,466 @@
+"""Couplings q(x0, x1): which noise is paired with which data.
+
+The minimiser of the reconstruction loss is E[x1 | x0], so the coupling decides what fine-tuning
+can reach: independent pairs pull every sample to the mean, a (nearly) deterministic pairing keeps
+the distribution. Every coupling is used the same way:
+
+    coupling = make_coupling("ot-semidiscrete").fit(x1, cond, field=field, generator=generator)
+    pairs = coupling.sample(256, generator=generator)
+
+and those with `per_batch = True` can also pair a batch that a DataLoader brings:
+`coupling.pair(x1, generator=generator)`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fmft_fast.errors import CouplingWarning, InputError, MissingDependencyError
+from fmft_fast.flow.paths import noise_like
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows that belong together: noise x0, data x1 (both [batch, *state]) and x1's condition."""
+
+    x0: Tensor
+    x1: Tensor
+    cond: Tensor | None = None
+
+
+class Coupling:
+    """A rule that pairs noise with data; see the module's text for its use."""
+
+    name: ClassVar[str]
+    per_batch: ClassVar[bool] = False
+    _data: tuple[Tensor, Tensor | None] | None = None
+
+    def fit(
+        self,
+        x1: Tensor,
+        cond: Tensor | None = None,
+        *,
+        field: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Coupling:
+        """Learn what the coupling needs from the data set and keep it; returns itself.
+
+        Args:
+            x1: the data set, [n, *state].
+            cond: its conditions, [n, ...].
+            field: the pre-trained field; only `inversion` reads it.
+            generator: source of every random choice.
+
+        Raises:
+            InputError: the data are empty, not finite, or do not match their conditions.
+        """
+        check_data(x1, cond)
+        self._data = (x1, cond)
+        return self
+
+    def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
+        """Draw `batch` pairs; a function of the fit and the generator's state alone."""
+        x1, cond = self._fitted()
+        rows = draw_rows(len(x1), batch, x1.device, generator)
+        return self.pair(x1[rows], None if cond is None else cond[rows], generator=generator)
+
+    def pair(
+        self, x1: Tensor, cond: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Pairs:
+        """Pair a batch x1 [batch, *state] with fresh noise; couplings with `per_batch` only."""
+        raise InputError(
+            f"{self.name!r} pairs a whole data set: call fit(x1) once, then sample(batch)"
+        )
+
+    def check_reconstruction(self, x1: Tensor, cond: Tensor | None = None) -> None:
+        """Warn (CouplingWarning) if reconstruction training with this coupling loses variance."""
+
+    def _fitted(self) -> tuple[Tensor, Tensor | None]:
+        if self._data is None:
+            raise InputError(f"{self.name!r} has no data yet: call fit(x1) before sample(batch)")
+        return self._data
+
+
+class Independent(Coupling):
+    """Noise drawn without regard to the data."""
+
+    name, per_batch = "independent", True
+
+    def pair(
+        self, x1: Tensor, cond: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Pairs:
+        """Pair a batch with fresh noise."""
+        return Pairs(noise_like(x1, generator), x1, cond)
+
+    def check_reconstruction(self, x1: Tensor, cond: Tensor | None = None) -> None:
+        """Estimate the share of variance that E[x1 | cond] lacks; warn beyond a tenth."""
+        lost = 1.0 if cond is None else _unexplained_variance(x1, cond)
+        if lost > 0.1:
+            warnings.warn(
+                f"independent pairs pull every sample to E[x1 | cond], which lacks {lost:.0%} of "
+                "the data's variance; use 'ot-semidiscrete', 'ot-fixed' or 'inversion' instead",
+                CouplingWarning,
+                stacklevel=2,
+            )
+
+
+@dataclass
+class OTMinibatch(Coupling):
+    """Optimal transport inside each batch: an exact permutation, no draw with replacement.
+
+    Args:
+        cond_weight: weight w of |c - c'|^2 in the cost; `math.inf` pairs only equal conditions.
+    """
+
+    cond_weight: float = 10.0
+    name: ClassVar[str] = "ot-minibatch"
+    per_batch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_at_least("cond_weight", self.cond_weight, 0)
+
+    def pair(
+        self, x1: Tensor, cond: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Pairs:
+        """Pair a batch with fresh noise by exact optimal transport."""
+        return pair_by_ot(noise_like(x1, generator), x1, cond, self.cond_weight)
+
+
+@dataclass
+class OTFixed(Coupling):
+    """One exact optimal-transport pairing of K noise and K data points, made once.
+
+    Args:
+        size: K, at most the number of data. The cost matrix takes 8 K^2 bytes.
+        cond_weight: as in `OTMinibatch`.
+    """
+
+    size: int = 4096
+    cond_weight: float = 10.0
+    name: ClassVar[str] = "ot-fixed"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_at_least("size", self.size, 1)
+        check_at_least("cond_weight", self.cond_weight, 0)
+
+    def fit(
+        self,
+        x1: Tensor,
+        cond: Tensor | None = None,
+        *,
+        field: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Coupling:
+        """Choose K rows, draw K noise points and pair them."""
+        check_data(x1, cond)
+        rows = choose_rows(len(x1), self.size, x1.device, generator)
+        x1, cond = x1[rows], None if cond is None else cond[rows]
+        self._pairs = pair_by_ot(noise_like(x1, generator), x1, cond, self.cond_weight)
+        return super().fit(x1, cond)
+
+    def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
+        """Draw `batch` of the K pairs."""
+        x1, _ = self._fitted()
+        return _take(self._pairs, draw_rows(len(x1), batch, x1.device, generator))
+
+
+@dataclass
+class OTSemidiscrete(Coupling):
+    """Optimal transport from the whole noise distribution to the K data points.
+
+    Fresh noise x0 goes to the data point j that maximises v_j - |x0 - x1_j|^2 (a power cell). The
+    potentials v are fitted by averaged stochastic gradient ascent on the semi-dual until every
+    point gets the mass 1 / K, so no noise point can be learnt by heart and the data's own masses
+    are kept, which a pairing of K noise points only does up to sampling error.
+
+    Args:
+        size: K, at most the number of data.
+        fit_steps: steps of the ascent; half of them are averaged.
+        fit_batch: noise points per step.
+        cond_weight: as in `OTMinibatch`; noise gets the condition of a random data row.
+
+    Source: Genevay et al. 2016 (arXiv 1605.08527), section 4.
+    """
+
+    size: int = 4096
+    fit_steps: int = 2000
+    fit_batch: int = 512
+    cond_weight: float = 10.0
+    name: ClassVar[str] = "ot-semidiscrete"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        for option in ("size", "fit_steps", "fit_batch"):
+            check_at_least(option, getattr(self, option), 1)
+        check_at_least("cond_weight", self.cond_weight, 0)
+
+    def fit(
+        self,
+        x1: Tensor,
+        cond: Tensor | None = None,
+        *,
+        field: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Coupling:
+        """Choose K rows and fit their potentials."""
+        check_data(x1, cond)
+        rows = choose_rows(len(x1), self.size, x1.device, generator)
+        x1, cond = x1[rows], None if cond is None else cond[rows]
+        super().fit(x1, cond)
+        self._groups, finite = split_weight(cond, self.cond_weight)
+        self._target = features(x1, finite, self.cond_weight)
+        self._v = torch.zeros_like(self._target[:, 0])
+        self._v = self._ascend(generator)
+        return self
+
+    def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
+        """Draw fresh noise and the data points whose cells it falls into."""
+        x1, cond = self._fitted()
+        x0, j = self._assign(batch, generator)
+        return Pairs(x0, x1[j], None if cond is None else cond[j])
+
+    def _assign(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Draw noise [batch, *state] and give the index of its data point [batch]."""
+        x1, cond = self._fitted()
+        rows = draw_rows(len(x1), batch, x1.device, generator)
+        x0 = noise_like(x1[rows], generator)
+        finite = None if cond is None or self._groups is not None else cond[rows]
+        source = features(x0, finite, self.cond_weight)
+        score = torch.addmm(self._v - self._target.square().sum(1), source, self._target.T, alpha=2)
+        if self._groups is not None:
+            score.masked_fill_(self._groups[rows, None] != self._groups, -math.inf)
+        return x0, score.argmax(1)
+
+    def _ascend(self, generator: torch.Generator | None) -> Tensor:
+        """Raise v_j where cells get too little mass, lower it where they get too much."""
+        k = len(self._v)
+        # A step of the size of the squared distance between neighbours moves a cell by its width.
+        scale = float(self._target.var(dim=0).sum()) * math.sqrt(k) / 2
+        mean = torch.zeros_like(self._v)
+        averaged = self.fit_steps - self.fit_steps // 2
+        for step in range(self.fit_steps):
+            _, j = self._assign(self.fit_batch, generator)
+            mass = torch.bincount(j, minlength=k) / self.fit_batch
+            self._v = self._v + scale / math.sqrt(1 + step / 20) * (1 / k - mass.to(self._v))
+            if step >= self.fit_steps // 2:
+                mean += self._v / averaged
+        return mean
+
+
+@dataclass
+class Inversion(Coupling):
+    """Noise that the pre-trained field itself carries to x1: its reverse-time solve of x1.
+
+    It removes the error of few steps and nothing else, and never collapses.
+
+    Args:
+        steps: steps of the reverse solve.
+        method: its method.
+        batch: rows solved at a time.
+    """
+
+    steps: int = 50
+    method: str = "rk4"
+    batch: int = 4096
+    name: ClassVar[str] = "inversion"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_at_least("steps", self.steps, 1)
+        check_at_least("batch", self.batch, 1)
+
+    def fit(
+        self,
+        x1: Tensor,
+        cond: Tensor | None = None,
+        *,
+        field: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Coupling:
+        """Solve every x1 back to t = 0 under `field`."""
+        from fmft_fast.flow.sampling import integrate
+
+        check_data(x1, cond)
+        if field is None:
+            raise InputError("'inversion' needs the pre-trained field: fit(x1, field=field)")
+        x0 = integrate(
+            field,
+            x1,
+            t0=1.0,
+            t1=0.0,
+            steps=self.steps,
+            method=self.method,
+            cond=cond,
+            batch=self.batch,
+        )
+        if not bool(torch.isfinite(x0).all()):
+            raise InputError(
+                f"the reverse solve left the finite numbers; raise steps (now {self.steps})"
+            )
+        self._pairs = Pairs(x0, x1, cond)
+        return super().fit(x1, cond)
+
+    def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
+        """Draw `batch` of the solved pairs."""
+        x1, _ = self._fitted()
+        return _take(self._pairs, draw_rows(len(x1), batch, x1.device, generator))
+
+
+COUPLINGS: dict[str, type[Coupling]] = {
+    cls.name: cls for cls in (Independent, OTMinibatch, OTFixed, OTSemidiscrete, Inversion)
+}
+
+
+def make_coupling(name: str, **options: Any) -> Coupling:
+    """Make a coupling by name with its options.
+
+    Raises:
+        InputError: the name or an option is not known, or a value is out of range.
+
+    Example:
+        >>> make_coupling("ot-fixed", size=512)
+        OTFixed(size=512, cond_weight=10.0)
+    """
+    if name not in COUPLINGS:
+        raise InputError(f"unknown coupling {name!r}; choose one of {', '.join(sorted(COUPLINGS))}")
+    known = getattr(COUPLINGS[name], "__dataclass_fields__", {})
+    for option in options:
+        if option not in known:
+            raise InputError(
+                f"coupling {name!r} has no option {option!r}; it takes {', '.join(known) or 'none'}"
+            )
+    return COUPLINGS[name](**options)
+
+
+def pair_by_ot(x0: Tensor, x1: Tensor, cond: Tensor | None, cond_weight: float = 10.0) -> Pairs:
+    """Give x1 and cond in their order with the noise rows permuted to the least total cost.
+
+    The cost is |x0 - x1|^2 + w |c - c'|^2, where each noise row carries the condition of the data
+    row at its place: noise and conditions stay independent, and a large w keeps that so.
+    """
+    check_data(x1, cond)
+    if x0.shape != x1.shape:
+        raise InputError(f"x0 and x1 must share one shape, got {x0.shape} and {x1.shape}")
+    groups, finite = split_weight(cond, cond_weight)
+    source, target = features(x0, finite, cond_weight), features(x1, finite, cond_weight)
+    if groups is None:
+        return Pairs(x0[optimal_permutation(target, source)], x1, cond)
+    order = torch.empty(len(x1), dtype=torch.long, device=x1.device)
+    for code in groups.unique():
+        rows = (groups == code).nonzero().squeeze(1)
+        order[rows] = rows[optimal_permutation(target[rows], source[rows])]
+    return Pairs(x0[order], x1, cond)
+
+
+def optimal_permutation(a: Tensor, b: Tensor) -> Tensor:
+    """Give p, [n], such that sum_i |a_i - b_p(i)|^2 is least; a and b are [n, dim].
+
+    SciPy's assignment is the faster one up to 512 rows, POT's network simplex beyond; either
+    serves alone when the other is absent.
+
+    Raises:
+        MissingDependencyError: neither is installed.
+    """
+    cost = torch.cdist(a.double(), b.double()).square().cpu().numpy()
+    first, second = (_assign_scipy, _assign_pot) if len(a) <= 512 else (_assign_pot, _assign_scipy)
+    try:
+        order = first(cost)
+    except ImportError:
+        try:
+            order = second(cost)
+        except ImportError as error:
+            raise MissingDependencyError(
+                "optimal-transport pairings need scipy or POT: pip install 'fmft_fast[train]'"
+            ) from error
+    return torch.as_tensor(order, device=a.device)
+
+
+def _assign_scipy(cost):
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(cost)[1]
+
+
+def _assign_pot(cost):
+    import ot
+
+    mass = ot.unif(len(cost))
+    # A vertex of the polytope of uniform plans is a permutation, and the simplex ends in one.
+    plan, log = ot.emd(mass, mass, cost, numItermax=max(1_000_000, 2500 * len(cost)), log=True)
+    order = plan.argmax(axis=1)
+    if log["warning"] is not None or len(set(order.tolist())) != len(cost):
+        return _assign_scipy(cost)
+    return order
+
+
+def features(x: Tensor, cond: Tensor | None, weight: float) -> Tensor:
+    """Give rows whose squared distance is the cost: [n, dim] or [n, dim + cond_dim]."""
+    x = x.flatten(1)
+    if cond is None:
+        return x
+    return torch.cat([x, math.sqrt(weight) * cond.reshape(len(cond), -1).to(x)], dim=1)
+
+
+def split_weight(cond: Tensor | None, weight: float) -> tuple[Tensor | None, Tensor | None]:
+    """Give (group codes, None) for an infinite weight and (None, cond) for a finite one."""
+    if cond is None or math.isfinite(weight):
+        return None, cond
+    return cond.reshape(len(cond), -1).unique(dim=0, return_inverse=True)[1], None
+
+
+def check_data(x1: Tensor, cond: Tensor | None) -> None:
+    """Refuse data that no coupling can serve."""
+    if x1.ndim < 2 or len(x1) == 0 or not x1.is_floating_point():
+        raise InputError(
+            f"data must be floating point [n, *state] with n >= 1, got {x1.dtype} {list(x1.shape)}"
+        )
+    # sync: once per pairing; a NaN would otherwise surface as a meaningless permutation.
+    if not bool(torch.isfinite(x1).all()):
+        raise InputError("data hold NaN or infinite values; clean them first")
+    if cond is not None and (cond.ndim < 1 or len(cond) != len(x1)):
+        raise InputError(f"expected {len(x1)} conditions, one per row, got {list(cond.shape)}")
+
+
+def check_at_least(option: str, value: float, low: float) -> None:
+    """Refuse an option below its minimum."""
+    if not value >= low:
+        raise InputError(f"{option} must be at least {low}, got {value}")
+
+
+def draw_rows(
+    n: int, batch: int, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Draw `batch` row numbers below n, with replacement."""
+    check_at_least("batch", batch, 1)
+    place = device if generator is None else generator.device
+    return torch.randint(n, (batch,), generator=generator, device=place).to(device)
+
+
+def choose_rows(n: int, k: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Choose min(n, k) different row numbers."""
+    place = device if generator is None else generator.device
+    return torch.randperm(n, generator=generator, device=place)[:k].to(device)
+
+
+def _take(pairs: Pairs, rows: Tensor) -> Pairs:
+    cond = None if pairs.cond is None else pairs.cond[rows]
+    return Pairs(pairs.x0[rows], pairs.x1[rows], cond)
+
+
+def _unexplained_variance(x1: Tensor, cond: Tensor) -> float:
+    """Estimate E Var(x1 | cond) / Var(x1) from nearest neighbours in cond, on 2048 rows at most."""
+    keep = torch.linspace(0, len(x1) - 1, min(len(x1), 2048), device=x1.device).long()
+    x, c = x1[keep].flatten(1), cond[keep].reshape(len(keep), -1).to(x1)
+    if len(x) < 2:
+        return 0.0
+    distance = torch.cdist(c, c).fill_diagonal_(math.inf)
+    gap = x - x[distance.argmin(1)]
+    return float(gap.square().sum() / 2 / (x - x.mean(0)).square().sum().clamp_min(1e-30))

@@ -1,0 +1,95 @@
+"""The two losses: flow matching, without a solve, and the likelihood of reconstructions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fmft_fast.errors import InputError
+from fmft_fast.flow.paths import LinearPath, Path
+
+
+def flow_matching_loss(
+    field,
+    x0: Tensor,
+    x1: Tensor,
+    *,
+    cond: Tensor | None = None,
+    path: Path | None = None,
+    t: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Give the mean squared error of the field against the path's velocity.
+
+    With pairs (x0, x1) from an OT coupling this is the OT-CFM loss.
+
+    Args:
+        field: `field(t, x)` or, with cond, `field(t, x, cond)`; t is [batch].
+        x0: noise, [batch, *state].
+        x1: data paired with it, [batch, *state].
+        cond: conditions, [batch, ...].
+        path: `LinearPath()` unless given.
+        t: flow times in [0, 1], [batch]; drawn uniformly unless given.
+        generator: source of t and of the path's own noise.
+
+    Returns:
+        A 0-d tensor.
+
+    Source: Lipman et al. 2022 (arXiv 2210.02747), equation 9.
+
+    Example:
+        >>> straight = lambda t, x: torch.ones_like(x)
+        >>> flow_matching_loss(straight, torch.zeros(4, 2), torch.ones(4, 2))
+        tensor(0.)
+    """
+    if t is None:
+        device = x1.device if generator is None else generator.device
+        t = torch.rand(len(x1), generator=generator, dtype=x1.dtype, device=device).to(x1.device)
+    point = (path or LinearPath()).sample(t, x0, x1, generator=generator)
+    velocity = field(point.t, point.x_t) if cond is None else field(point.t, point.x_t, cond)
+    if velocity.shape != point.u_t.shape:
+        raise InputError(
+            f"the field must return the state's shape {list(point.u_t.shape)}, "
+            f"got {list(velocity.shape)}"
+        )
+    return (velocity - point.u_t).square().mean()
+
+
+def reconstruction_loss(phi: Tensor, x1: Tensor, *, sigma: float | Tensor = 1.0) -> Tensor:
+    """Give -log N(x1 | phi, sigma^2) per dimension, averaged, without its constant log(2 pi) / 2.
+
+    This is the fine-tuning loss when phi is the solve's end point; at sigma = 1 it is half the
+    mean squared error. Keeping log(sigma) lets a trainable sigma find its optimum, the error's rms.
+
+    Args:
+        phi: end points of the solve, [batch, *state].
+        x1: data, [batch, *state].
+        sigma: standard deviation, > 0: a scalar, or a tensor that broadcasts to [*state]
+            (a diagonal covariance; keep it positive by training its logarithm).
+
+    Returns:
+        A 0-d tensor.
+
+    Raises:
+        InputError: the shapes differ, or sigma does not fit a state, or a float is not positive.
+
+    Source: "Fine-Tuning Flow Matching via Maximum Likelihood Estimation of Reconstructions"
+    (arXiv 2510.02081), section 4.1.
+
+    Example:
+        >>> reconstruction_loss(torch.zeros(4, 2), torch.ones(4, 2))
+        tensor(0.5000)
+    """
+    if phi.shape != x1.shape:
+        raise InputError(
+            f"end points and data must share one shape, got {list(phi.shape)} and {list(x1.shape)}"
+        )
+    if not isinstance(sigma, Tensor) and not sigma > 0:
+        raise InputError(f"sigma must be positive, got {sigma}")
+    width = torch.as_tensor(sigma, dtype=x1.dtype, device=x1.device)
+    state = x1.shape[1:]
+    tail = state[len(state) - width.ndim :]
+    fits = all(w in (1, s) for w, s in zip(width.shape, tail, strict=False))
+    if width.ndim > len(state) or not fits:
+        raise InputError(f"sigma must broadcast to a state {list(state)}, got {list(width.shape)}")
+    return (0.5 * ((x1 - phi) / width).square() + width.log()).mean()
