@@ -51,7 +51,7 @@ def broyden(
     r = residual(x)
     steps: list[Tensor] = []
     inverse_squares: list[Tensor] = []
-    # A denominator of this size is what rounding leaves of zero: J is singular to working precision.
+    # What rounding leaves of a denominator of zero: J is singular to working precision.
     singular_below = 4 * torch.finfo(x.dtype).eps
     for _ in range(max_iters):
         if torch.linalg.vector_norm(r.detach()) < tol:  # sync: the iteration ends by its residual
@@ -63,7 +63,7 @@ def broyden(
             s = s + after * (torch.vdot(previous, s) * inverse_square)
         if steps:
             denominator = 1 - torch.vdot(steps[-1], s) * inverse_squares[-1]
-            if not denominator.detach().abs() > singular_below:  # sync: nor with NaN any further
+            if not denominator.detach().abs() > singular_below:  # sync: NaN stops too
                 return x, False
             s = s / denominator
         steps.append(s)
@@ -102,7 +102,7 @@ class BroydenStepper:
         self.func = func
         self.max_iters = max_iters
         self.start_perturb = Perturb.NEXT if perturb else Perturb.NONE
-        self.time_dtype = y0.real.dtype if y0.is_complex() else y0.dtype
+        self.time_dtype = y0.dtype.to_real()
         self.tol = 1e-6 if self.time_dtype == torch.float32 else 1e-8
         self.c = tableau.c
         self.a = torch.tensor(tableau.a, dtype=torch.float64).to(y0.device, y0.dtype)
@@ -126,7 +126,9 @@ class BroydenStepper:
             converge.
         """
         f0 = self.func(t0, y, perturb=self.start_perturb)
-        t0, t1, h = (torch.as_tensor(t, dtype=self.time_dtype, device=y.device) for t in (t0, t1, h))
+        t0, t1, h = (
+            torch.as_tensor(t, dtype=self.time_dtype, device=y.device) for t in (t0, t1, h)
+        )
         k = [f0] * len(self.c)
         for stages in self.systems:
             self._solve_stages(stages, k, t0, t1, h, y)

@@ -93,7 +93,7 @@ class AdamsStepper:
             warnings.warn(
                 f"max_order is below {MIN_ORDER}, so the solver reduces to `rk4`.", stacklevel=3
             )
-        real_dtype = y0.real.dtype if y0.is_complex() else y0.dtype
+        real_dtype = y0.dtype.to_real()
         self.func = func
         self.implicit = implicit
         self.rtol = torch.as_tensor(rtol, dtype=real_dtype, device=y0.device)
