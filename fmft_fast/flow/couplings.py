@@ -21,8 +21,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fmft_fast.errors import CouplingWarning, InputError, MissingDependencyError
+from fmft_fast.errors import CouplingWarning, InputError
 from fmft_fast.flow.paths import noise_like
+from fmft_fast.flow.transport import (
+    chunks,
+    features,
+    first_of_missing_groups,
+    optimal_permutation,
+    split_weight,
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,8 @@ class OTMinibatch(Coupling):
     """Optimal transport inside each batch: an exact permutation, no draw with replacement.
 
     Args:
-        cond_weight: weight w of |c - c'|^2 in the cost; `math.inf` pairs only equal conditions.
+        cond_weight: weight w of |c - c'|^2 in the cost; `math.inf` pairs only equal conditions,
+            as is always done for conditions of an integer dtype (labels).
     """
 
     cond_weight: float = 10.0
@@ -174,23 +182,24 @@ class OTFixed(Coupling):
 
 @dataclass
 class OTSemidiscrete(Coupling):
-    """Optimal transport from the whole noise distribution to the K data points.
+    """Optimal transport from the whole noise distribution to the data.
 
-    Fresh noise x0 goes to the data point j that maximises v_j - |x0 - x1_j|^2 (a power cell). The
-    potentials v are fitted by averaged stochastic gradient ascent on the semi-dual until every
-    point gets the mass 1 / K, so no noise point can be learnt by heart and the data's own masses
-    are kept, which a pairing of K noise points only does up to sampling error.
+    Fresh noise x0 falls into the power cell of the anchor j, the one of K data points a_j that
+    maximises v_j - |x0 - a_j|^2, and is paired with a random data point of those nearest to a_j.
+    The potentials v are fitted by averaged stochastic gradient ascent on the semi-dual until each
+    cell holds its share of the data. So no noise point can be learnt by heart, and the masses of
+    the modes are those of all the data, not of a subset.
 
     Args:
-        size: K, at most the number of data.
-        fit_steps: steps of the ascent; half of them are averaged.
+        size: K, number of anchors; from the number of data on, each data point is its own.
+        fit_steps: steps of the ascent; the second half of them is averaged.
         fit_batch: noise points per step.
         cond_weight: as in `OTMinibatch`; noise gets the condition of a random data row.
 
     Source: Genevay et al. 2016 (arXiv 1605.08527), section 4.
     """
 
-    size: int = 4096
+    size: int = 2048
     fit_steps: int = 2000
     fit_batch: int = 512
     cond_weight: float = 10.0
@@ -210,48 +219,68 @@ class OTSemidiscrete(Coupling):
         field: Any = None,
         generator: torch.Generator | None = None,
     ) -> Coupling:
-        """Choose K rows and fit their potentials."""
-        check_data(x1, cond)
-        rows = choose_rows(len(x1), self.size, x1.device, generator)
-        x1, cond = x1[rows], None if cond is None else cond[rows]
+        """Choose the anchors, share the data out among them and fit their potentials."""
         super().fit(x1, cond)
-        self._groups, finite = split_weight(cond, self.cond_weight)
-        self._target = features(x1, finite, self.cond_weight)
-        self._v = torch.zeros_like(self._target[:, 0])
+        self._codes, finite = split_weight(cond, self.cond_weight)
+        target = features(x1, finite, self.cond_weight)
+        rows = choose_rows(len(x1), self.size, x1.device, generator)
+        if self._codes is not None:
+            rows = torch.cat([rows, first_of_missing_groups(self._codes, rows)])
+        self._anchors, self._v = target[rows], torch.zeros_like(target[rows, 0])
+        self._anchor_codes = None if self._codes is None else self._codes[rows]
+        cell = torch.cat(
+            [
+                self._cell(t, None if self._codes is None else self._codes[i])
+                for i, t in chunks(target)
+            ]
+        )
+        self._count = torch.bincount(cell, minlength=len(rows))
+        self._start = self._count.cumsum(0) - self._count
+        self._members = cell.argsort()
         self._v = self._ascend(generator)
         return self
 
     def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
         """Draw fresh noise and the data points whose cells it falls into."""
         x1, cond = self._fitted()
-        x0, j = self._assign(batch, generator)
-        return Pairs(x0, x1[j], None if cond is None else cond[j])
+        x0, j = self._draw(batch, generator)
+        place = x1.device if generator is None else generator.device
+        u = torch.rand(batch, generator=generator, device=place, dtype=torch.float64).to(x1.device)
+        row = self._members[self._start[j] + (u * self._count[j]).long()]
+        return Pairs(x0, x1[row], None if cond is None else cond[row])
 
-    def _assign(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Draw noise [batch, *state] and give the index of its data point [batch]."""
+    def _draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Draw noise [batch, *state] and give the number of its cell [batch]."""
         x1, cond = self._fitted()
         rows = draw_rows(len(x1), batch, x1.device, generator)
         x0 = noise_like(x1[rows], generator)
-        finite = None if cond is None or self._groups is not None else cond[rows]
-        source = features(x0, finite, self.cond_weight)
-        score = torch.addmm(self._v - self._target.square().sum(1), source, self._target.T, alpha=2)
-        if self._groups is not None:
-            score.masked_fill_(self._groups[rows, None] != self._groups, -math.inf)
-        return x0, score.argmax(1)
+        if self._codes is not None:
+            return x0, self._cell(features(x0, None, 0.0), self._codes[rows])
+        source = features(x0, None if cond is None else cond[rows], self.cond_weight)
+        return x0, self._cell(source, None)
+
+    def _cell(self, source: Tensor, codes: Tensor | None) -> Tensor:
+        """Give the anchor of most v_j - |source - a_j|^2, in the same group if there are groups."""
+        offset = self._v - self._anchors.square().sum(1)
+        score = torch.addmm(offset, source, self._anchors.T, alpha=2)
+        if codes is not None:
+            score.masked_fill_(codes[:, None] != self._anchor_codes, -math.inf)
+        return score.argmax(1)
 
     def _ascend(self, generator: torch.Generator | None) -> Tensor:
         """Raise v_j where cells get too little mass, lower it where they get too much."""
-        k = len(self._v)
-        # A step of the size of the squared distance between neighbours moves a cell by its width.
-        scale = float(self._target.var(dim=0).sum()) * math.sqrt(k) / 2
-        mean = torch.zeros_like(self._v)
+        mass = self._count.to(self._v) / self._count.sum()
+        # Larger first steps leave the potentials of light cells (outliers) too high.
+        scale = 0.1 * float(self._anchors.var(dim=0, correction=0).sum()) * math.sqrt(len(mass))
+        v, mean = self._v, torch.zeros_like(self._v)
         averaged = self.fit_steps - self.fit_steps // 2
         for step in range(self.fit_steps):
-            _, j = self._assign(self.fit_batch, generator)
-            mass = torch.bincount(j, minlength=k) / self.fit_batch
-            self._v = self._v + scale / math.sqrt(1 + step / 20) * (1 / k - mass.to(self._v))
+            self._v = v
+            _, j = self._draw(self.fit_batch, generator)
+            got = torch.bincount(j, minlength=len(mass)).to(v) / self.fit_batch
+            v = v + scale / math.sqrt(1 + step / 20) * (mass - got)
             if step >= self.fit_steps // 2:
-                mean += self._v / averaged
+                mean += v / averaged
         return mean
 
 
@@ -358,62 +387,6 @@ def pair_by_ot(x0: Tensor, x1: Tensor, cond: Tensor | None, cond_weight: float =
         rows = (groups == code).nonzero().squeeze(1)
         order[rows] = rows[optimal_permutation(target[rows], source[rows])]
     return Pairs(x0[order], x1, cond)
-
-
-def optimal_permutation(a: Tensor, b: Tensor) -> Tensor:
-    """Give p, [n], such that sum_i |a_i - b_p(i)|^2 is least; a and b are [n, dim].
-
-    SciPy's assignment is the faster one up to 512 rows, POT's network simplex beyond; either
-    serves alone when the other is absent.
-
-    Raises:
-        MissingDependencyError: neither is installed.
-    """
-    cost = torch.cdist(a.double(), b.double()).square().cpu().numpy()
-    first, second = (_assign_scipy, _assign_pot) if len(a) <= 512 else (_assign_pot, _assign_scipy)
-    try:
-        order = first(cost)
-    except ImportError:
-        try:
-            order = second(cost)
-        except ImportError as error:
-            raise MissingDependencyError(
-                "optimal-transport pairings need scipy or POT: pip install 'fmft_fast[train]'"
-            ) from error
-    return torch.as_tensor(order, device=a.device)
-
-
-def _assign_scipy(cost):
-    from scipy.optimize import linear_sum_assignment
-
-    return linear_sum_assignment(cost)[1]
-
-
-def _assign_pot(cost):
-    import ot
-
-    mass = ot.unif(len(cost))
-    # A vertex of the polytope of uniform plans is a permutation, and the simplex ends in one.
-    plan, log = ot.emd(mass, mass, cost, numItermax=max(1_000_000, 2500 * len(cost)), log=True)
-    order = plan.argmax(axis=1)
-    if log["warning"] is not None or len(set(order.tolist())) != len(cost):
-        return _assign_scipy(cost)
-    return order
-
-
-def features(x: Tensor, cond: Tensor | None, weight: float) -> Tensor:
-    """Give rows whose squared distance is the cost: [n, dim] or [n, dim + cond_dim]."""
-    x = x.flatten(1)
-    if cond is None:
-        return x
-    return torch.cat([x, math.sqrt(weight) * cond.reshape(len(cond), -1).to(x)], dim=1)
-
-
-def split_weight(cond: Tensor | None, weight: float) -> tuple[Tensor | None, Tensor | None]:
-    """Give (group codes, None) for an infinite weight and (None, cond) for a finite one."""
-    if cond is None or math.isfinite(weight):
-        return None, cond
-    return cond.reshape(len(cond), -1).unique(dim=0, return_inverse=True)[1], None
 
 
 def check_data(x1: Tensor, cond: Tensor | None) -> None:
