@@ -1,0 +1,1 @@
+"""Measures of samples (`metrics`) and figures (`plots`, which needs matplotlib)."""
