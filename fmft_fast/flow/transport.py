@@ -29,7 +29,7 @@ def optimal_permutation(a: Tensor, b: Tensor) -> Tensor:
             order = second(cost)
         except ImportError as error:
             raise MissingDependencyError(
-                "optimal-transport pairings need scipy or POT: pip install 'fmft_fast[train]'"
+                "optimal-transport pairings need scipy or POT: pip install 'fmft-fast[train]'"
             ) from error
     return torch.as_tensor(order, device=a.device)
 
