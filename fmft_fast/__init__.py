@@ -1,0 +1,37 @@
+"""Fast, exact fine-tuning of flow-matching models through their ODE solve."""
+
+from .solvers import (
+    METHODS,
+    DenseSolution,
+    Solution,
+    SolveStats,
+    odeint,
+    odeint_adjoint,
+    odeint_dense,
+    odeint_event,
+    patch_torchdiffeq,
+    patched_torchdiffeq,
+    record_stats,
+    solve,
+    stage_time_table,
+    unpatch_torchdiffeq,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "DenseSolution",
+    "Solution",
+    "SolveStats",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "patch_torchdiffeq",
+    "patched_torchdiffeq",
+    "record_stats",
+    "solve",
+    "stage_time_table",
+    "unpatch_torchdiffeq",
+]

@@ -1,0 +1,32 @@
+"""Solvers of initial value problems and their gradients."""
+
+from .alias import patch_torchdiffeq, patched_torchdiffeq, unpatch_torchdiffeq
+from .continuous_adjoint import odeint_adjoint
+from .dense import DenseSolution
+from .drop_in import odeint, odeint_dense, odeint_event
+from .inputs import Perturb
+from .methods import METHODS, Method, find_method
+from .solution import Solution, solve, stage_time_table
+from .stats import SolveStats, record_stats
+from .tableau import Tableau
+
+__all__ = [
+    "METHODS",
+    "DenseSolution",
+    "Method",
+    "Perturb",
+    "Solution",
+    "SolveStats",
+    "Tableau",
+    "find_method",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "patch_torchdiffeq",
+    "patched_torchdiffeq",
+    "record_stats",
+    "solve",
+    "stage_time_table",
+    "unpatch_torchdiffeq",
+]

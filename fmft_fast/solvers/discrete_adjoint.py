@@ -1,0 +1,355 @@
+"""The exact gradient of a discretised solve, in memory O(steps x state).
+
+With the stages k_i = f(t_i, Y_i), Y_i = y_n + h sum_j a_ij k_j, y_{n+1} = y_n + h sum_i b_i k_i and
+lambda = dL/dy_{n+1}, one step back is, from the last stage to the first,
+
+    kbar_i = h (b_i lambda + sum_{j > i} a_ji ybar_j)      ybar_i = (df/dy)^T kbar_i
+    lambda <- lambda + sum_i ybar_i                        pbar <- pbar + (df/dp)^T kbar_i
+
+The forward pass keeps the stage inputs Y_i (or every k-th state, from which they are computed again);
+the backward pass evaluates the field once more at each of them, one graph at a time.
+
+Source: Hager, "Runge-Kutta methods in optimal control and the transformed adjoint system",
+Numer. Math. 87 (2000); Sanz-Serna, "Symplectic Runge-Kutta schemes for adjoint equations",
+SIAM Review 58 (2016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GradientError
+from ..ops.backend import StepKernels
+from .fixed import Step
+from .inputs import expand_result
+from .tableau import Tableau
+
+
+class StageField:
+    """The user's field(t, x) or field(t, x, cond) on the state of the solver, with a count.
+
+    Args:
+        base: the user's callable.
+        dtype: dtype of the user's state; a half-precision field works on a rounded copy of the
+            float32 state of the solver.
+    """
+
+    def __init__(self, base: Callable[..., Tensor], dtype: torch.dtype):
+        self.base = base
+        self.dtype = dtype
+        self.evaluations = 0
+
+    def __call__(self, t: Tensor, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Evaluate at t (0-d, or a row of a time table) and y [*state]."""
+        self.evaluations += 1
+        x = y if y.dtype == self.dtype else y.to(self.dtype)
+        f = self.base(t, x) if cond is None else self.base(t, x, cond)
+        return f if f.shape == y.shape else expand_result(f, y)
+
+
+@dataclass
+class DiscretePlan:
+    """What a discrete solve does, apart from the tensors that get gradients.
+
+    Attributes:
+        field: the field.
+        tableau: explicit, without a FSAL stage.
+        kernels: the step ops.
+        h: [N] signed steps.
+        save_all: whether the result is [N + 1, *state] or the final state.
+        checkpoint_every: keep every so many states only; 0 keeps all stage inputs.
+        known: states [N + 1] and stage inputs [N][s] of a solve that has been done already.
+        own_times: whether the field gets the times of the grid (or what a user's table holds).
+    """
+
+    field: StageField
+    tableau: Tableau
+    kernels: StepKernels
+    h: Sequence[Step]
+    save_all: bool
+    checkpoint_every: int = 0
+    known: tuple[list[Tensor], list[list[Tensor]]] | None = None
+    own_times: bool = True
+
+    def step(
+        self, n: int, y: Tensor, evaluate: Callable[[int, int, Tensor], Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Step n with k_i = evaluate(n, i, Y_i): the next state and the stage inputs."""
+        combine, h = self.kernels.rk_combine, self.h[n]
+        k: list[Tensor] = []
+        inputs: list[Tensor] = []
+        for i, row in enumerate(self.tableau.a):
+            inputs.append(combine(y, k, h, row) if i else y)
+            k.append(evaluate(n, i, inputs[i]))
+        return combine(y, k, h, self.tableau.b), inputs
+
+
+class _Surroundings:
+    """What an evaluation depends on besides its arguments: random generators and autocast.
+
+    The backward pass evaluates the field again, out of order and outside of the user's contexts. A
+    field that draws random numbers (dropout) has its generator states noted at every evaluation.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.random: dict[tuple[int, int], list[Tensor]] | None = None
+        self.autocast = torch.is_autocast_enabled(device.type)
+        self.autocast_dtype = torch.get_autocast_dtype(device.type)
+
+    def generators(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+    def note(self, n: int, i: int) -> None:
+        if self.random is not None:
+            self.random.setdefault((n, i), self.generators())
+
+    def compare(self, before: list[Tensor]) -> None:
+        """Called after the first evaluation: begin to note if it drew random numbers."""
+        drew = not all(map(torch.equal, before, self.generators()))
+        if drew:
+            self.random = {(0, 0): before}
+
+    def restore(self, n: int, i: int) -> None:
+        if self.random is not None:
+            cpu, *cuda = self.random[n, i]
+            torch.set_rng_state(cpu)
+            for state in cuda:
+                torch.cuda.set_rng_state(state, self.device)
+
+    def backward_context(self) -> Any:
+        """Autocast as in the forward pass."""
+        return torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast
+        )
+
+    def keep_generators(self) -> Any:
+        """Leave the generators as they are after a replay."""
+        if self.random is None:
+            return nullcontext()
+        devices = [self.device] if self.device.type == "cuda" else []
+        return torch.random.fork_rng(devices=devices)
+
+
+class DiscreteSolve(torch.autograd.Function):
+    """Forward: steps without a graph. Backward: the discrete adjoint.
+
+    Inputs: plan, x0 [*state], grid [N + 1] (for its gradient), table [N, s, ...] of what the field
+    gets as t in every stage, cond or None, and the parameters.
+    """
+
+    @staticmethod
+    def forward(ctx, plan: DiscretePlan, x0, grid, table, cond, *params):
+        times = [row.unbind() for row in table.detach().unbind()]
+        around = _Surroundings(x0.device)
+        unchecked = any(ctx.needs_input_grad)
+
+        def evaluate(n: int, i: int, y: Tensor) -> Tensor:
+            nonlocal unchecked
+            if not unchecked:
+                around.note(n, i)
+                return plan.field(times[n][i], y, cond)
+            unchecked = False
+            before = around.generators()
+            with torch.enable_grad():
+                leaf = y.detach().requires_grad_()
+                k = plan.field(times[n][i], leaf, cond)
+            around.compare(before)
+            _refuse_lost_gradients(k, [t for t in (leaf, cond, *params) if t is not None])
+            return k.detach()
+
+        if plan.known is not None:
+            states, inputs = plan.known
+            if unchecked:
+                evaluate(0, 0, states[0])
+        else:
+            states, inputs = [x0.detach()], []
+            for n in range(len(plan.h)):
+                y, stages = plan.step(n, states[-1], evaluate)
+                states.append(y)
+                inputs.append([] if plan.checkpoint_every else stages)
+        if any(ctx.needs_input_grad):
+            ctx.plan, ctx.times, ctx.around = plan, times, around
+            ctx.inputs = inputs
+            ctx.checkpoints = states[:: plan.checkpoint_every] if plan.checkpoint_every else []
+            ctx.has_cond = cond is not None
+            ctx.grid_device = grid.device
+            ctx.save_for_backward(*params, *((cond,) if ctx.has_cond else ()))
+            plan.known = None
+        return torch.stack(states) if plan.save_all else states[-1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Backward(ctx).run(grad)
+
+
+def _refuse_lost_gradients(k: Tensor, known: Sequence[Tensor]) -> None:
+    """Raise if k depends on a leaf that requires grad and is not, nor leads to, a known tensor."""
+    leaves = {id(t) for t in known if t.grad_fn is None}
+    ends = {t.grad_fn for t in known if t.grad_fn is not None}
+    seen: set = set()
+    queue: list[Any] = [k.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen or node in ends:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and id(leaf) not in leaves:
+            raise GradientError(
+                f"the field depends on a tensor of shape {tuple(leaf.shape)} that requires grad "
+                "and is not known to the solver, so its gradient would be lost. Pass what the "
+                "field closes over as params=(...), or give it as cond=, or detach it"
+            )
+        queue.extend(parent for parent, _ in node.next_functions)
+
+
+class _Backward:
+    """One backward pass through the steps of a `DiscreteSolve`."""
+
+    def __init__(self, ctx: Any):
+        self.plan: DiscretePlan = ctx.plan
+        self.around: _Surroundings = ctx.around
+        self.times = ctx.times
+        self.inputs: list[list[Tensor]] = ctx.inputs
+        self.checkpoints: list[Tensor] = ctx.checkpoints
+        saved = list(ctx.saved_tensors)
+        self.cond = saved.pop().detach() if ctx.has_cond else None
+        self.params = saved
+        _, self.x0_grad, self.grid_grad, self.table_grad, cond_grad, *params_grad = (
+            ctx.needs_input_grad
+        )
+        self.leaves = [p for p, wanted in zip(saved, params_grad, strict=True) if wanted]
+        self.params_grad = params_grad
+        self.cond_grad = self.cond is not None and cond_grad
+        if self.cond_grad:
+            assert self.cond is not None
+            self.leaves.append(self.cond.requires_grad_())
+        self.sums: list[Tensor | None] = [None] * len(self.leaves)
+        self.grid_device = ctx.grid_device
+        self.time_wanted = self.table_grad or (self.grid_grad and self.plan.own_times)
+        self.time_bars = torch.zeros_like(torch.stack([torch.stack(row) for row in self.times]))
+        self.h_bars: list[Tensor] = []
+
+    def run(self, grad: Tensor) -> tuple:
+        """Gradients of all inputs of the forward pass."""
+        plan = self.plan
+        steps = len(plan.h)
+        lam = grad[steps] if plan.save_all else grad
+        with self.around.keep_generators():
+            for n in range(steps - 1, -1, -1):
+                lam = self.step_back(n, lam)
+                if plan.save_all:
+                    lam = lam + grad[n]
+        sums = iter(self.sums)
+        params = [next(sums) if wanted else None for wanted in self.params_grad]
+        cond = next(sums) if self.cond_grad else None
+        cast = [
+            g if g is None else g.to(p.dtype) for g, p in zip(params, self.params, strict=True)
+        ]
+        return (
+            None,
+            lam if self.x0_grad else None,
+            self.grid_gradient() if self.grid_grad else None,
+            self.time_bars if self.table_grad else None,
+            cond if cond is None or self.cond is None else cond.to(self.cond.dtype),
+            *cast,
+        )
+
+    def step_back(self, n: int, lam: Tensor) -> Tensor:
+        """From dL/dy_{n+1} to dL/dy_n; the other gradients are added up on the way."""
+        tableau, h, combine = self.plan.tableau, self.plan.h[n], self.plan.kernels.rk_combine
+        inputs = self.stage_inputs(n)
+        bars: list[Tensor] = []  # ybar of the stages after i, the last stage first
+        h_bar = lam.new_zeros((), dtype=torch.float64)
+        for i in range(tableau.stages - 1, -1, -1):
+            weights = tuple(tableau.a[j][i] for j in range(tableau.stages - 1, i, -1))
+            k_bar = combine(lam * (h * tableau.b[i]), bars, h, weights) if bars else lam * (
+                h * tableau.b[i]
+            )
+            wanted = self.x0_grad or n > 0 or i > 0
+            y_bar, k = self.stage_back(n, i, inputs[i], k_bar, wanted)
+            bars.append(y_bar)
+            if self.grid_grad:
+                h_bar = h_bar + (k_bar.conj() * k).real.sum(dtype=torch.float64) / h
+        self.h_bars.append(h_bar)
+        self.inputs[n] = []
+        return combine(lam, bars, 1.0, (1.0,) * len(bars))
+
+    def stage_inputs(self, n: int) -> list[Tensor]:
+        """Y_i of step n, computed again from the last checkpoint where they were not kept."""
+        every = self.plan.checkpoint_every
+        if not self.inputs[n]:
+            start = n - n % every
+            y = self.checkpoints[n // every]
+
+            def evaluate(m: int, i: int, y_i: Tensor) -> Tensor:
+                self.around.restore(m, i)
+                return self.plan.field(self.times[m][i], y_i, self.cond)
+
+            with self.around.backward_context():
+                for m in range(start, n + 1):
+                    y, self.inputs[m] = self.plan.step(m, y, evaluate)
+        return self.inputs[n]
+
+    def stage_back(
+        self, n: int, i: int, y: Tensor, k_bar: Tensor, y_wanted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Vector-Jacobian products of one evaluation: ybar_i, and k_i for the gradient of h."""
+        time_wanted = self.time_wanted
+        t = self.times[n][i].detach().requires_grad_(time_wanted)
+        with torch.enable_grad(), self.around.backward_context():
+            y = y.detach().requires_grad_(y_wanted)
+            self.around.restore(n, i)
+            k = self.plan.field(t, y, self.cond)
+        inputs = [*self.leaves, *((y,) if y_wanted else ()), *((t,) if time_wanted else ())]
+        grads: list[Tensor | None] = [None] * len(inputs)
+        if k.requires_grad and inputs:
+            grads = list(torch.autograd.grad(k, inputs, k_bar.to(k.dtype), allow_unused=True))
+        if time_wanted and (time_bar := grads.pop()) is not None:
+            self.time_bars[n, i] = time_bar
+        y_bar = grads.pop() if y_wanted else None
+        self.add(grads)
+        return torch.zeros_like(k_bar) if y_bar is None else y_bar, k.detach()
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add to the sums; half-precision gradients are summed in float32."""
+        fresh, sums, terms = [], [], []
+        for j, grad in enumerate(grads):
+            if grad is None:
+                continue
+            total = self.sums[j]
+            if total is None:
+                fresh.append((j, grad))
+            else:
+                sums.append(total)
+                terms.append(grad)
+        if sums:
+            torch._foreach_add_(sums, terms)
+        for j, grad in fresh:
+            half = grad.dtype in (torch.float16, torch.bfloat16)
+            # A copy: autograd may hand out one tensor for several inputs.
+            self.sums[j] = grad.float() if half else grad.clone()
+
+    def grid_gradient(self) -> Tensor:
+        """dL/dgrid [N + 1] from t_i = t_n + c_i h, h = t_{n+1} - t_n."""
+        h_bars = torch.stack(self.h_bars[::-1])
+        t_bars = torch.zeros_like(h_bars)
+        if self.plan.own_times:
+            bars = self.time_bars.to(torch.float64)
+            c = torch.tensor(self.plan.tableau.c, dtype=torch.float64, device=bars.device)
+            h_bars = h_bars + bars @ c
+            t_bars = bars.sum(1)
+        zero = h_bars.new_zeros(1)
+        ends = torch.cat((t_bars - h_bars, zero)) + torch.cat((zero, h_bars))
+        return ends.to(self.grid_device)

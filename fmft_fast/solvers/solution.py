@@ -1,0 +1,438 @@
+"""`solve`: one state, one field, the exact gradient of what was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GradientError, InputError, InputTypeError, NonFiniteError
+from ..ops.backend import StepKernels, choose_kernels
+from .adaptive import AdaptiveSolver
+from .continuous_adjoint import find_parameters, odeint_adjoint
+from .discrete_adjoint import DiscretePlan, DiscreteSolve, StageField
+from .drop_in import odeint
+from .fixed import stage_times, step_sizes
+from .inputs import direction_of, normalise
+from .methods import find_method
+from .stats import SolveStats, record_stats, report
+from .tableau import Tableau
+
+Gradient = Literal["discrete", "continuous", "backprop", "none"]
+GRADIENTS = ("discrete", "continuous", "backprop", "none")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of `solve`.
+
+    Attributes:
+        y: final state [*state], or [len(t), *state] with save="all".
+        t: [N + 1] float64 times of the states of the solve.
+        stats: evaluations, accepted and rejected steps, last step size.
+    """
+
+    y: Tensor
+    t: Tensor
+    stats: SolveStats
+
+    @property
+    def status(self) -> str:
+        """"success", or "non-finite" if the result holds NaN or infinity (reads the device)."""
+        return "success" if bool(torch.isfinite(self.y.detach()).all()) else "non-finite"
+
+
+def solve(
+    field: Callable[..., Tensor],
+    x0: Tensor,
+    t0: float | Tensor = 0.0,
+    t1: float | Tensor = 1.0,
+    *,
+    method: str = "euler",
+    steps: int | Tensor | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    gradient: Gradient = "discrete",
+    save: Literal["final", "all"] = "final",
+    backend: str = "auto",
+    cond: Tensor | None = None,
+    params: Iterable[Tensor] = (),
+    time_table: Tensor | None = None,
+    checkpoint_every: int = 0,
+    options: dict[str, Any] | None = None,
+) -> Solution:
+    """Solve dx/dt = field(t, x[, cond]) from x0 at t0 to t1, with fixed or adaptive steps.
+
+    Args:
+        field: maps a 0-d tensor t, x [*state] and, if given, cond to [*state]. Usually an
+            nn.Module; its parameters get gradients.
+        x0: initial state of any shape, real or complex; bf16 and fp16 are integrated in float32.
+        t0, t1: initial and final time, numbers or 0-d tensors; t1 < t0 integrates backwards.
+        method: explicit Runge-Kutta methods have all gradients; the other names in
+            `fmft_fast.METHODS` work with gradient="backprop" or "none" ("continuous" too).
+        steps: number of equal steps, or a strictly monotonic grid [N + 1] of times, which replaces
+            t0 and t1. With tolerances a grid gives the times that the steps must meet.
+        rtol, atol: tolerances; giving one makes the steps adaptive (default of the other: 1e-5).
+        gradient: "discrete": the exact gradient of the computed solution, in memory
+            O(steps x state); the field is evaluated once more in the backward pass and dropout
+            masks are repeated. "continuous": the adjoint ODE, approximate. "backprop": an ordinary
+            graph of everything, differentiable twice. "none": no graph.
+        save: "final" state, or "all" states: the ends of the steps (with tolerances and a grid: the
+            states on the grid).
+        backend: kernels of the step ops: "auto", "reference", "cpu", "triton" or "cuda".
+        cond: condition, passed to the field as third argument; gets a gradient.
+        params: further tensors that the field closes over and that get gradients. A field that
+            depends on an unknown tensor that requires grad is refused.
+        time_table: [N, stages, ...], what the field gets as t in every stage of every step, for
+            instance a time embedding computed once (see `stage_time_table`); gets a gradient.
+        checkpoint_every: keep every so many states only and compute the rest again in the backward
+            pass (one more evaluation per stage), for very long solves; 0 keeps all.
+        options: options of the adaptive step control, as in `odeint`.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        UnknownMethodError, InputError, InputTypeError: see the messages.
+        GradientError: the gradient would be incomplete.
+        NonFiniteError: NaN or infinity, with the step (CPU only: a GPU is not read back; look at
+            `Solution.status` there), or an adaptive solve that cannot go on.
+
+    Example:
+        >>> import torch
+        >>> from fmft_fast import solve
+        >>> field = torch.nn.Linear(2, 2)
+        >>> y = solve(lambda t, x: field(x), torch.ones(8, 2), steps=4, params=field.parameters()).y
+        >>> y.square().mean().backward(); field.weight.grad.shape
+        torch.Size([2, 2])
+    """
+    tableau = find_method(method).tableau
+    explicit = tableau is not None and tableau.explicit
+    request = _Request(
+        field=field,
+        x0=x0,
+        t0=t0,
+        t1=t1,
+        method=method,
+        tableau=tableau if explicit else None,
+        steps=steps,
+        rtol=rtol,
+        atol=atol,
+        gradient=gradient,
+        save=save,
+        backend=backend,
+        cond=cond,
+        params=params,
+        table=time_table,
+        checkpoint_every=checkpoint_every,
+        options=options or {},
+    )
+    if gradient == "continuous" or not explicit:
+        return request.by_odeint()
+    return request.by_steps()
+
+
+def stage_time_table(
+    method: str, steps: int | Tensor, t0: float | Tensor = 0.0, t1: float | Tensor = 1.0
+) -> Tensor:
+    """The times [N, stages], float64, at which `solve` evaluates the field with fixed steps.
+
+    Embed them once and pass the result as time_table.
+
+    Raises:
+        UnknownMethodError, InputError: no such explicit Runge-Kutta method; bad times.
+
+    Example:
+        >>> from fmft_fast import stage_time_table
+        >>> stage_time_table("midpoint", 2).tolist()
+        [[0.0, 0.25], [0.5, 0.75]]
+    """
+    tableau = find_method(method).tableau
+    if tableau is None or not tableau.explicit:
+        raise InputError(f"a time table needs an explicit Runge-Kutta method, got {method}")
+    return stage_times(tableau.advancing, _make_grid(t0, t1, steps), torch.float64)
+
+
+def _make_grid(t0: float | Tensor, t1: float | Tensor, steps: int | Tensor | None) -> Tensor:
+    """[N + 1] float64 times: the user's grid, or equal steps (one without a number of steps)."""
+    if isinstance(steps, Tensor):
+        if steps.ndim != 1 or len(steps) < 2 or not steps.is_floating_point():
+            raise InputError(
+                "a grid of steps must be a floating point tensor of shape [N + 1], N >= 1, got "
+                f"{steps.dtype} of shape {tuple(steps.shape)}"
+            )
+        grid = steps.to(torch.float64)
+    else:
+        count = 1 if steps is None else steps
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise InputError(f"steps must be a positive int or a grid of times, got {steps!r}")
+        ends = [torch.as_tensor(t, dtype=torch.float64).reshape(()) for t in (t0, t1)]
+        device = next((t.device for t in ends if t.device.type != "cpu"), ends[0].device)
+        share = torch.arange(count + 1, dtype=torch.float64, device=device) / count
+        grid = torch.lerp(ends[0].to(device), ends[1].to(device), share)
+    direction_of(grid)
+    return grid
+
+
+@dataclass
+class _Request:
+    """The arguments of one call of `solve`, checked."""
+
+    field: Callable[..., Tensor]
+    x0: Tensor
+    t0: float | Tensor
+    t1: float | Tensor
+    method: str
+    tableau: Tableau | None
+    steps: int | Tensor | None
+    rtol: float | None
+    atol: float | None
+    gradient: Gradient
+    save: str
+    backend: str
+    cond: Tensor | None
+    params: Iterable[Tensor]
+    table: Tensor | None
+    checkpoint_every: int
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.x0, Tensor):
+            raise InputTypeError(
+                f"x0 must be a torch.Tensor, got {type(self.x0).__name__}; tuples go to odeint"
+            )
+        if not (self.x0.is_floating_point() or self.x0.is_complex()):
+            raise InputTypeError(f"x0 must be floating point or complex, got {self.x0.dtype}")
+        if self.gradient not in GRADIENTS:
+            raise InputError(f"gradient must be one of {GRADIENTS}, got {self.gradient!r}")
+        if self.save not in ("final", "all"):
+            raise InputError(f'save must be "final" or "all", got {self.save!r}')
+        if not isinstance(self.checkpoint_every, int) or self.checkpoint_every < 0:
+            raise InputError(f"checkpoint_every must be an int >= 0, got {self.checkpoint_every!r}")
+        self._check_method()
+        module = find_parameters(self.field) if isinstance(self.field, nn.Module) else []
+        unique = {id(p): p for p in (*module, *self.params) if p.requires_grad}
+        self.params = tuple(unique.values())
+
+    def _check_method(self) -> None:
+        family = find_method(self.method).family
+        if not self.adaptive and self.steps is None:
+            raise InputError("give steps=N (or a grid of times), or rtol and atol")
+        if self.adaptive and family not in ("adaptive", "scipy"):
+            raise InputError(
+                f"{self.method} has no step control: give steps instead of rtol and atol, or use "
+                "dopri5, tsit5, bosh3, dopri8, fehlberg2 or adaptive_heun"
+            )
+        if self.adaptive and isinstance(self.steps, int):
+            raise InputError("give steps=N or tolerances, not both; a grid goes with tolerances")
+        if self.adaptive and self.table is not None:
+            raise InputError("a time table needs fixed steps: adaptive ones are not known before")
+        if "jump_t" in self.options or "grid_constructor" in self.options:
+            raise InputError("put the times of jumps and grids into steps (a grid of times)")
+        if self.gradient == "discrete" and self.tableau is None:
+            raise GradientError(
+                f"the discrete adjoint is for explicit Runge-Kutta methods, got {self.method}: use "
+                'gradient="backprop", "continuous" or "none"'
+            )
+        if self.gradient == "continuous" and family == "adaptive" and not self.adaptive:
+            raise InputError(f'gradient="continuous" with {self.method} needs rtol and atol')
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether tolerances were given."""
+        return self.rtol is not None or self.atol is not None
+
+    @cached_property
+    def tolerances(self) -> dict[str, float]:
+        """rtol and atol with their defaults."""
+        return {
+            "rtol": 1e-5 if self.rtol is None else self.rtol,
+            "atol": 1e-5 if self.atol is None else self.atol,
+        }
+
+    def call(self, t: Tensor, x: Tensor) -> Tensor:
+        """The field with its condition."""
+        return self.field(t, x) if self.cond is None else self.field(t, x, self.cond)
+
+    def by_odeint(self) -> Solution:
+        """Solve by the torchdiffeq-compatible functions, over the grid or the given times."""
+        t = _make_grid(self.t0, self.t1, self.steps).to(self.x0.device)
+        common: dict[str, Any] = {"method": self.method, "options": self.options}
+        if self.adaptive:
+            common |= self.tolerances
+        with record_stats() as log:
+            if self.gradient == "continuous":
+                extra = () if self.cond is None else (self.cond,)
+                common["adjoint_params"] = (*self.params, *extra)
+                y = odeint_adjoint(self.call, self.x0, t, **common)
+            else:
+                with torch.set_grad_enabled(self.keeps_graph):
+                    y = odeint(self.call, self.x0, t, **common)
+        return Solution(y if self.save == "all" else y[-1], t.detach(), log[-1])
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether a graph is built at all."""
+        return torch.is_grad_enabled() and self.gradient != "none"
+
+    def by_steps(self) -> Solution:
+        """Solve by explicit Runge-Kutta steps."""
+        assert self.tableau is not None
+        dtype = self.x0.dtype
+        x = self.x0.float() if dtype in (torch.float16, torch.bfloat16) else self.x0
+        kernels = choose_kernels(x, self.backend)
+        tableau, grid = self.tableau.advancing, _make_grid(self.t0, self.t1, self.steps)
+        known, control = None, None
+        if self.adaptive:
+            grid, known, control = self._find_steps(x, grid, kernels)
+        discrete = self.keeps_graph and self.gradient == "discrete"
+        if torch.compiler.is_compiling():
+            discrete = False  # the compiler derives the same gradient from the unrolled steps
+        plan = DiscretePlan(
+            field=StageField(self.field, dtype),
+            tableau=tableau,
+            kernels=kernels,
+            h=step_sizes(grid.detach() if discrete else grid),
+            save_all=self.save == "all",
+            checkpoint_every=self.checkpoint_every,
+            known=known,
+            own_times=self.table is None,
+        )
+        table = self._time_rows(tableau, grid.detach() if discrete else grid)
+        if discrete:
+            y = DiscreteSolve.apply(plan, x, grid, table, self.cond, *self.params)
+        elif known is not None and not self.keeps_graph:
+            y = torch.stack(known[0]) if plan.save_all else known[0][-1]
+        else:
+            with torch.set_grad_enabled(self.keeps_graph):
+                y = _unroll(plan, x, table, self.cond)
+        assert isinstance(y, Tensor)
+        t = grid.detach()
+        if self.adaptive and plan.save_all and isinstance(self.steps, Tensor):
+            t = self.steps.detach().to(torch.float64)
+            y = y[torch.isin(grid.detach(), t)]
+        if not torch.compiler.is_compiling():
+            if y.device.type == "cpu":
+                _check_finite(plan, x, table, self.cond, y, grid)
+            return Solution(y.to(dtype), t, self._report(plan, control, grid))
+        return Solution(y.to(dtype), t, SolveStats(self.method, 0, len(plan.h)))
+
+    def _time_rows(self, tableau: Tableau, grid: Tensor) -> Tensor:
+        """[N, s, ...]: what the field gets as t."""
+        if self.table is None:
+            real = self.x0.dtype.to_real()
+            return stage_times(tableau, grid, real).to(self.x0.device, non_blocking=True)
+        expected = (len(grid) - 1, tableau.stages)
+        if tuple(self.table.shape[:2]) != expected:
+            raise InputError(
+                f"time_table must begin with [steps, stages] = {list(expected)}, got shape "
+                f"{tuple(self.table.shape)}; see stage_time_table"
+            )
+        return self.table
+
+    @torch.no_grad()
+    def _find_steps(
+        self, x: Tensor, times: Tensor, kernels: StepKernels
+    ) -> tuple[Tensor, tuple[list[Tensor], list[list[Tensor]]], AdaptiveSolver]:
+        """Accepted steps that meet every one of `times`.
+
+        Returns:
+            The grid [N + 1], differentiable in `times` (steps keep their size, and the one that
+            meets a time takes up its change); states and stage inputs; the solver for its counts.
+        """
+        problem = normalise(
+            self.call,
+            self.x0,
+            times.detach().to(x.device),
+            method=self.method,
+            options=self.options,
+            **self.tolerances,
+        )
+        solver = AdaptiveSolver(problem, kernels, problem.options, strict=True)
+        targets = [solver.direction * t for t in times.tolist()]
+        solver.stops = sorted({*solver.stops, *targets[1:]})
+        tableau = solver.tableau.advancing
+        nodes: list[tuple[int, float]] = [(0, 0.0)]
+        states, inputs = [x.detach()], []
+        for j, target in enumerate(targets[1:]):
+            attempts = 0
+            while solver.s < target:
+                solver.count(attempts)
+                attempts += 1
+                if not solver.attempt():
+                    continue
+                offset = solver.direction * (solver.s - targets[j])
+                nodes.append((j + 1, 0.0) if solver.s == target else (j, offset))
+                states.append(solver.y)
+                last = solver.last
+                assert last is not None
+                if self.keeps_graph and not self.checkpoint_every:
+                    step = solver.direction * last.h
+                    rows = enumerate(tableau.a)
+                    inputs.append(
+                        [kernels.rk_combine(last.y0, last.k[:i], step, a) for i, a in rows]
+                    )
+                else:
+                    inputs.append([])
+        index, offsets = zip(*nodes, strict=True)
+        with torch.enable_grad():
+            shift = torch.tensor(offsets, dtype=torch.float64, device=times.device)
+            grid = times[torch.tensor(index, device=times.device)] + shift
+        return grid, (states, inputs), solver
+
+    def _report(
+        self, plan: DiscretePlan, control: AdaptiveSolver | None, grid: Tensor
+    ) -> SolveStats:
+        last = plan.h[-1]
+        stats = SolveStats(
+            self.method,
+            plan.field.evaluations + (control.field.evaluations if control else 0),
+            len(grid) - 1,
+            control.rejected if control else 0,
+            abs(last) if isinstance(last, float) else None,
+        )
+        report(stats)
+        return stats
+
+
+def _unroll(plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None) -> Tensor:
+    """All steps as ordinary operations."""
+    times = [row.unbind() for row in table.unbind()]
+    states = [x]
+    for n in range(len(plan.h)):
+        y, _ = plan.step(n, states[-1], lambda n, i, y: plan.field(times[n][i], y, cond))
+        states.append(y)
+    return torch.stack(states) if plan.save_all else states[-1]
+
+
+@torch.no_grad()
+def _check_finite(
+    plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None, y: Tensor, grid: Tensor
+) -> None:
+    """Raise if the result is not finite; the steps are repeated to find the one that broke."""
+    end = y[-1] if plan.save_all else y
+    if bool(torch.isfinite(end).all()):
+        return
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError("x0 holds NaN or infinite values: expected finite numbers")
+    times = [row.unbind() for row in table.unbind()]
+    for n in range(len(plan.h)):
+
+        def evaluate(n: int, i: int, y: Tensor) -> Tensor:
+            f = plan.field(times[n][i], y, cond)
+            if not bool(torch.isfinite(f).all()):
+                raise NonFiniteError(
+                    f"the field returned NaN or infinite values in step {n} of {len(plan.h)}, stage "
+                    f"{i}, t = {grid[n].item()} to {grid[n + 1].item()}. Check its parameters, or "
+                    "take smaller steps"
+                )
+            return f
+
+        x, _ = plan.step(n, x, evaluate)
+    raise NonFiniteError(
+        "the solution became NaN or infinite, but a second run did not: is the field random?"
+    )
