@@ -1,0 +1,360 @@
+"""Checkpoints on disk: complete or absent, verified when read, never lost to an interrupted save.
+
+A checkpoint is a folder of four files:
+
+- `model.safetensors`: the weights to use (the averaged ones if the run averages)
+- `training.safetensors`: what resuming needs besides: raw weights, optimiser, random states
+- `state.json`: step, configuration, description of the field, versions, metrics
+- `SHA256SUMS`: digests of the other three (`sha256sum -c SHA256SUMS` checks them, too)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fmft_fast.errors import CheckpointError
+
+FORMAT = "fmft-checkpoint"
+FORMAT_VERSION = 1
+FILES = ("model.safetensors", "training.safetensors", "state.json")
+SUMS = "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One moment of a run.
+
+    Attributes:
+        step: optimiser steps done.
+        model: the weights to use, by name.
+        training: nested state of everything that resuming needs (tensors and plain values).
+        config: the run's configuration.
+        metrics: the newest evaluation.
+        architecture: class and tensors of the model, to tell a foreign checkpoint from ours.
+    """
+
+    step: int
+    model: Mapping[str, Tensor]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+
+
+def describe_field(model: nn.Module) -> dict[str, Any]:
+    """Name the class of a model and the dtype and shape of each of its tensors."""
+    cls = type(model)
+    tensors = {
+        name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
+        for name, value in model.state_dict().items()
+    }
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "tensors": tensors}
+
+
+def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint so that `folder` is at every moment absent, the old one, or the new one.
+
+    Everything is written and synced in a hidden folder beside it, which is then renamed.
+
+    Raises:
+        CheckpointError: the disk refused; an earlier checkpoint is untouched.
+    """
+    folder = Path(folder)
+    draft = folder.with_name(f".draft-{folder.name}")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        _write_files(draft, checkpoint)
+        _swap_in(draft, folder)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write {folder}: {error.strerror or error}; earlier checkpoints are "
+            f"untouched; free some space or name another folder, then resume"
+        ) from error
+    return folder
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and verify a checkpoint (a checkpoint's folder or a run's folder).
+
+    Raises:
+        CheckpointError: it is missing, incomplete, corrupt, or of another format; says which file.
+    """
+    folder = resolve(path)
+    _verify(folder)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT or state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / 'state.json'}: expected format {FORMAT} {FORMAT_VERSION}, got "
+            f"{state.get('format')} {state.get('format_version')}; read it with the version of "
+            f"fmft_fast that wrote it ({state.get('versions', {}).get('fmft_fast', 'unknown')})"
+        )
+    tensors = _read_tensors(folder / "training.safetensors")
+    return Checkpoint(
+        step=state["step"],
+        model=_read_tensors(folder / "model.safetensors"),
+        training=_unpack(state["training"], tensors),
+        config=state["config"],
+        metrics=state["metrics"],
+        architecture=state["architecture"],
+    )
+
+
+def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
+    """Put a checkpoint's weights into `model`.
+
+    Args:
+        model: field of the same architecture; changed in place.
+        path: a checkpoint's folder or a run's folder.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, or the checkpoint belongs to another model.
+
+    Example:
+        >>> load_weights(field, "runs/toy-gmm").step                         # doctest: +SKIP
+        3000
+    """
+    checkpoint = load_checkpoint(path)
+    check_field(model, checkpoint, path)
+    model.load_state_dict(dict(checkpoint.model))
+    return checkpoint
+
+
+def check_field(model: nn.Module, checkpoint: Checkpoint, path: str | Path) -> None:
+    """Refuse a checkpoint whose tensors are not those of `model`.
+
+    The class may differ (it may have been renamed or wrapped), names, dtypes and shapes may not.
+    """
+    ours, theirs = describe_field(model), checkpoint.architecture
+    wanted, found = ours["tensors"], theirs["tensors"]
+    differences = [
+        f"{name}: expected {_spell(wanted.get(name))}, got {_spell(found.get(name))}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise CheckpointError(
+            f"{path} belongs to another model ({theirs['class']}, here {ours['class']}): "
+            f"{'; '.join(differences[:3])}{more}; build the field as it was when the checkpoint "
+            f"was written, or start from another checkpoint"
+        )
+
+
+def resolve(path: str | Path) -> Path:
+    """Find the checkpoint that `path` means: itself, or a run's `final` or `last` one."""
+    path = Path(path)
+    candidates = [path, *(path / "checkpoints" / name for name in ("final", "last"))]
+    for candidate in candidates:
+        if any((candidate / name).exists() for name in (*FILES, SUMS)):
+            return candidate
+    what = "holds no checkpoint" if path.exists() else "does not exist"
+    raise CheckpointError(
+        f"{path} {what}; expected a folder with {', '.join(FILES)} or a run's folder with "
+        f"checkpoints/last"
+    )
+
+
+class CheckpointStore:
+    """The checkpoints of one run: `step-NNNNNN` folders and the links `last`, `best`, `final`.
+
+    Args:
+        folder: where they lie; made when the first one is saved.
+        keep_last: newest checkpoints kept besides those that a link names.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int = 2) -> None:
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self._mend()
+
+    def save(self, checkpoint: Checkpoint, *, best: bool = False) -> Path:
+        """Write a checkpoint, move the links, and drop what is no longer kept."""
+        saved = save_checkpoint(self.folder / f"step-{checkpoint.step:06d}", checkpoint)
+        self.link("last", checkpoint.step)
+        if best:
+            self.link("best", checkpoint.step)
+        self._drop_old()
+        return saved
+
+    def link(self, name: str, step: int) -> None:
+        """Let the link `name` mean the checkpoint of `step`, atomically."""
+        draft = self.folder / f".draft-{name}"
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(f"step-{step:06d}")
+        os.replace(draft, self.folder / name)
+        _sync(self.folder)
+
+    def get(self, name: str) -> Path | None:
+        """Give the folder of `last`, `best` or `final`, or None where there is none yet."""
+        path = self.folder / name
+        return path.resolve() if path.is_dir() else None
+
+    def steps(self) -> list[int]:
+        """List the steps with a checkpoint, oldest first."""
+        return sorted(
+            int(path.name[5:])
+            for path in self.folder.glob("step-*")
+            if re.fullmatch(r"step-\d+", path.name)
+        )
+
+    def _drop_old(self) -> None:
+        linked = {self.get(name) for name in ("last", "best", "final")}
+        for step in self.steps()[: -self.keep_last]:
+            path = self.folder / f"step-{step:06d}"
+            if path.resolve() not in linked:
+                shutil.rmtree(path)
+
+    def _mend(self) -> None:
+        """Bring back what a swap left aside when it was killed between its two renames."""
+        for aside in self.folder.glob(".aside-*"):
+            home = aside.with_name(aside.name.removeprefix(".aside-"))
+            if home.exists():
+                shutil.rmtree(aside)
+            else:
+                os.replace(aside, home)
+        for draft in self.folder.glob(".draft-*"):
+            if draft.is_symlink():
+                draft.unlink()
+            else:
+                shutil.rmtree(draft)
+
+
+def _spell(tensor: list[Any] | None) -> str:
+    return "nothing" if tensor is None else f"{tensor[0]} {tensor[1]}"
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    tensors: dict[str, Tensor] = {}
+    state = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": checkpoint.step,
+        "config": dict(checkpoint.config),
+        "metrics": dict(checkpoint.metrics),
+        "architecture": dict(checkpoint.architecture),
+        "versions": versions(),
+        "training": _pack(dict(checkpoint.training), "training", tensors),
+    }
+    model = {name: _plain(value) for name, value in checkpoint.model.items()}
+    contents = {
+        "model.safetensors": safetensors.torch.save(model, {"format": "pt"}),
+        "training.safetensors": safetensors.torch.save(tensors),
+        "state.json": json.dumps(state, indent=1).encode(),
+    }
+    sums = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in contents.items()]
+    contents[SUMS] = "".join(sums).encode()
+    for name, data in contents.items():
+        with open(folder / name, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _swap_in(draft: Path, folder: Path) -> None:
+    """Rename `draft` to `folder`; a folder in its place stands aside until that is done."""
+    aside = folder.with_name(f".aside-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    os.replace(draft, folder)
+    _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable, not only the contents of its files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _verify(folder: Path) -> None:
+    """Compare every file with its digest."""
+    remedy = "take another checkpoint (see its folder) or write it again"
+    missing = [name for name in (*FILES, SUMS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} is incomplete: {', '.join(missing)} missing; {remedy}")
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in FILES:
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums.get(name):
+            raise CheckpointError(
+                f"{folder / name} is corrupt: its SHA-256 is not the one in {SUMS}; {remedy}"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; take another one") from error
+
+
+def _plain(value: Tensor) -> Tensor:
+    # A clone of its own: tied weights share memory, which safetensors refuses.
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Turn a nested state into JSON, its tensors moved to `tensors` under a path of names."""
+    if isinstance(value, Tensor):
+        tensors[name] = _plain(value)
+        return {"$tensor": name}
+    if isinstance(value, Mapping):
+        pairs = [[k, _pack(v, f"{name}.{k}", tensors)] for k, v in value.items()]
+        # Pairs, since an optimiser's state has numbers as keys and JSON only knows text.
+        return {"$dict": pairs}
+    if isinstance(value, (list, tuple)):
+        items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(
+        f"{name}: expected tensors, numbers, text, lists or dicts, got {type(value).__name__}; "
+        f"give a plain state_dict()"
+    )
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$tuple" in value:
+        return tuple(_unpack(item, tensors) for item in value["$tuple"])
+    return {k: _unpack(v, tensors) for k, v in value["$dict"]}
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("fmft_fast")
+    except PackageNotFoundError:
+        own = "source tree"
+    return {"fmft_fast": own, "torch": torch.__version__, "python": platform.python_version()}
