@@ -1,0 +1,193 @@
+"""Monitors that name the known failures of fine-tuning while they happen, each with its remedy.
+
+`fit` feeds every evaluation to each monitor: named numbers such as "loss" (mean training loss since
+the last one), "heldout", "curvature" and "spread". A monitor whose numbers are absent is silent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmft_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A failure that was seen: its name, the step, what was measured, and what to do."""
+
+    name: str
+    step: int
+    seen: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """Give one line for the screen."""
+        return f"{self.name}: {self.seen}; {self.remedy}"
+
+
+class Monitor(ABC):
+    """Watches numbers; reports when a failure begins, and again only after it has passed."""
+
+    name: str
+    remedy: str
+
+    def __init__(self) -> None:
+        self._inside = False
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> Finding | None:
+        """Take one evaluation; give a finding if the failure begins with it."""
+        seen = self.look(metrics)
+        begins = seen is not None and not self._inside
+        self._inside = seen is not None
+        return Finding(self.name, step, seen, self.remedy) if begins and seen else None
+
+    @abstractmethod
+    def look(self, metrics: Mapping[str, float]) -> str | None:
+        """Say what is wrong with this evaluation, or give None."""
+
+    def state(self) -> dict[str, Any]:
+        """Describe what the monitor remembers, for checkpoints."""
+        return dict(vars(self))
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Remember what a saved monitor did."""
+        vars(self).update(state)
+
+
+class OverfittingSpike(Monitor):
+    """The training loss has levelled off, and then it or the held-out error jumps.
+
+    Args:
+        rise: growth of the held-out error over its best value, or of the loss over its plateau,
+            that counts as a spike.
+        flat: relative change of the training loss between two evaluations that counts as level.
+    """
+
+    name = "over-fitting spike"
+    remedy = "stop here and keep the best model: train fewer steps, or add weight_decay or patience"
+
+    def __init__(self, *, rise: float = 1.3, flat: float = 0.1) -> None:
+        super().__init__()
+        self.rise, self.flat = rise, flat
+        self._best = float("inf")
+        self._best_loss = float("inf")
+        self._last_loss: float | None = None
+        self._plateau: float | None = None
+
+    def look(self, metrics: Mapping[str, float]) -> str | None:
+        """Compare with the best held-out error and with the plateau of the loss."""
+        loss, heldout = metrics.get("loss"), metrics.get("heldout")
+        seen = None
+        if loss is not None:
+            if self._plateau is not None and loss > self.rise * self._plateau:
+                seen = f"the training loss levelled off at {self._plateau:.4g}, now {loss:.4g}"
+            elif self._last_loss is not None:
+                level = abs(loss - self._last_loss) <= self.flat * self._last_loss
+                self._plateau = min(loss, self._plateau or loss) if level else self._plateau
+            self._last_loss = loss
+        if heldout is not None and loss is not None:
+            # A rise shared by the training loss is divergence, which the plateau rule names.
+            learning = loss <= self._best_loss * (1 + self.flat)
+            if heldout > self.rise * self._best and learning:
+                seen = (
+                    f"the held-out error rose from {self._best:.4g} to {heldout:.4g} while the "
+                    f"training loss stays at {loss:.4g}"
+                )
+        if heldout is not None and heldout < self._best:
+            self._best = heldout
+            self._best_loss = loss if loss is not None else self._best_loss
+        return seen
+
+
+class CurvatureGrowth(Monitor):
+    """Trajectories have become much more curved than those of the pre-trained model.
+
+    Args:
+        limit: growth of "curvature" (path length / displacement) over its first value.
+    """
+
+    name = "curvature growth"
+    remedy = (
+        "start from a better checkpoint, lower lr, or mix in the flow-matching loss (fm_weight)"
+    )
+
+    def __init__(self, *, limit: float = 2.0) -> None:
+        super().__init__()
+        self.limit = limit
+        self._first: float | None = None
+
+    def look(self, metrics: Mapping[str, float]) -> str | None:
+        """Compare with the first value, that of the model as it came."""
+        value = metrics.get("curvature")
+        if value is None:
+            return None
+        if self._first is None:
+            self._first = value
+        if value <= self.limit * self._first:
+            return None
+        return f"path length / displacement grew from {self._first:.3g} to {value:.3g}"
+
+
+class VarianceCollapse(Monitor):
+    """Samples have lost much of the data's spread: the model averages instead of generating.
+
+    Args:
+        limit: "spread" (standard deviation of samples / that of data) below which it speaks.
+    """
+
+    name = "variance collapse"
+    remedy = (
+        "pair noise and data (coupling ot-semidiscrete, ot-fixed or inversion instead of "
+        "independent), and start again from the pre-trained model"
+    )
+
+    def __init__(self, *, limit: float = 0.5) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def look(self, metrics: Mapping[str, float]) -> str | None:
+        """Compare the samples' spread with the limit."""
+        value = metrics.get("spread")
+        if value is None or value >= self.limit:
+            return None
+        return f"samples have {value:.0%} of the data's standard deviation"
+
+
+def path_ratio(trajectory: Tensor) -> float:
+    """Give mean path length / mean displacement: 1 for straight lines, more for curved ones.
+
+    Args:
+        trajectory: states along the solve, [steps + 1, batch, *state].
+
+    Example:
+        >>> path_ratio(torch.tensor([0.0, 1.0, 2.0]).reshape(3, 1, 1))
+        1.0
+    """
+    if trajectory.ndim < 3 or len(trajectory) < 2:
+        raise InputError(
+            f"expected a trajectory [steps + 1, batch, *state], got {list(trajectory.shape)}; "
+            f'solve with save="all"'
+        )
+    states = trajectory.flatten(2).double()
+    length = states.diff(dim=0).norm(dim=2).sum(0).mean()
+    displacement = (states[-1] - states[0]).norm(dim=1).mean()
+    return float(length / displacement.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def spread(samples: Tensor, data: Tensor) -> float:
+    """Give the standard deviation of samples relative to that of data, both [n, *state].
+
+    It is the root of the ratio of total variances (traces of the covariances).
+
+    Example:
+        >>> round(spread(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [2.0]])), 3)
+        0.5
+    """
+    ours, theirs = (x.flatten(1).double().var(dim=0, correction=0).sum() for x in (samples, data))
+    return float((ours / theirs.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
