@@ -1,7 +1,8 @@
 """Registration of the step ops with torch, as `torch.ops.fmft_fast.*`: schema, fake and gradient.
 
-They are for graphs: a call inside `torch.compile(fullgraph=True)` or an exported program stays one node
-and runs the fused kernel. Eager code calls the ops of `choose_kernels`, which cost far less to dispatch.
+They are for graphs: a call inside `torch.compile(fullgraph=True)` or an exported program stays one
+node and runs the fused kernel. Eager code calls the ops of `choose_kernels`, whose dispatch costs
+far less.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SCHEMAS = {
 
 
 def register(choose_kernels: Callable[[Tensor], StepKernels]) -> None:
-    """Define the three ops; their implementation asks `choose_kernels` for a backend at every call."""
+    """Define the three ops; every call of one asks `choose_kernels` for its backend."""
 
     def rk_combine(y: Tensor, k: list[Tensor], h: Tensor, w: list[float]) -> Tensor:
         return choose_kernels(y).rk_combine(y, k, h, w)
@@ -120,7 +121,8 @@ def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_k = [(w * grad).sum(0) * h.to(grad.dtype) for w in along_state]
     grad_h = grad_theta = None
     if ctx.needs_input_grad[2]:
-        grad_h = sum(inner(grad, w * ki) for w, ki in zip(along_state, k, strict=True)).to(h)
+        along_k = [inner(grad, w * ki) for w, ki in zip(along_state, k, strict=True)]
+        grad_h = torch.stack(along_k).sum().to(h)
     if ctx.needs_input_grad[5]:
         grad_theta = torch.zeros_like(theta)
         for slope, ki in zip(slopes(ctx.p, theta), k, strict=True):
