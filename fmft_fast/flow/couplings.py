@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fmft_fast.errors import CouplingWarning, InputError
 from fmft_fast.flow.paths import noise_like
+from fmft_fast.flow.sampling import integrate
 from fmft_fast.flow.transport import (
     chunks,
     features,
@@ -315,8 +316,6 @@ class Inversion(Coupling):
         generator: torch.Generator | None = None,
     ) -> Coupling:
         """Solve every x1 back to t = 0 under `field`."""
-        from fmft_fast.flow.sampling import integrate
-
         check_data(x1, cond)
         if field is None:
             raise InputError("'inversion' needs the pre-trained field: fit(x1, field=field)")

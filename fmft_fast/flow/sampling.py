@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmft_fast.errors import InputError
+from fmft_fast.solvers.solution import solve
 
 
 def sample(
@@ -79,8 +80,6 @@ def integrate(
     backend: str = "auto",
 ) -> Tensor:
     """Carry x, [n, *state], from t0 to t1 in batches, without gradient; either may be the later."""
-    from fmft_fast.solvers.solution import solve
-
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     if cond is not None and len(cond) != len(x):

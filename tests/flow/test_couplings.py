@@ -48,8 +48,6 @@ def cost(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def fitted(name: str, x1: torch.Tensor, cond=None, **options):
-    if name == "inversion":
-        pytest.importorskip("fmft_fast.solvers.solution", reason="the solver is not built yet")
     coupling = make_coupling(name, **{**SMALL.get(name, {}), **options})
     return coupling.fit(x1, cond, field=Drift(), generator=seeded(5))
 
