@@ -1,4 +1,4 @@
-"""Adaptive explicit Runge-Kutta: step control on the host in float64, one device sync per attempt."""
+"""Adaptive explicit Runge-Kutta: step control on the host, one device sync per attempt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import InputError, MaxStepsError, NonFiniteError, StepUnderflowErr
 from ..ops.backend import StepKernels
 from .dense import DenseSolution
 from .events import bisect_event
-from .inputs import AdaptiveOptions, NormalisedField, Norm, Perturb, Problem, rms_norm
+from .inputs import AdaptiveOptions, Norm, NormalisedField, Perturb, Problem, rms_norm
 from .stats import SolveStats
 from .tableau import Tableau
 
@@ -40,7 +40,7 @@ class Tolerance:
         return torch.as_tensor((self.norm or rms_norm)(x)).abs()
 
     def scale(self, *states: Tensor) -> Tensor:
-        """atol + rtol max |state| for every entry."""
+        """The allowed error of every entry: atol + rtol max |state|."""
         size = states[0].abs()
         for state in states[1:]:
             size = torch.maximum(size, state.abs())
@@ -165,7 +165,9 @@ class AdaptiveSolver:
         )
         self.time_dtype = torch.promote_types(options.dtype, problem.y0.abs().dtype)
         self.t0 = problem.t[0]
-        self.s = self.direction * self._round(float(self.t0))  # sync: control is on the host
+        self.s = self.direction * self._round(
+            float(self.t0.detach())
+        )  # sync: control is on the host
         self.stops = self._stops(options.step_t, options.jump_t)
         self.jumps = set(self._sorted_times(options.jump_t))
         self.accepted = self.rejected = 0
@@ -326,10 +328,10 @@ class AdaptiveSolver:
         if torch.is_grad_enabled() and (t.requires_grad or self.t0.requires_grad):
             theta = (t.to(self.time_dtype) - self.time(last.s0)) / step
             return self.kernels.dense_eval(last.y0, last.k, step, dense, theta[None])[0]
-        theta = (float(t) - self.direction * last.s0) / step  # sync: only if t is on a device
-        weights = tuple(
-            sum(p * theta ** (j + 1) for j, p in enumerate(row)) for row in dense
-        )
+        theta = (
+            float(t.detach()) - self.direction * last.s0
+        ) / step  # sync: only if t is on a device
+        weights = tuple(sum(p * theta ** (j + 1) for j, p in enumerate(row)) for row in dense)
         return self.kernels.rk_combine(last.y0, last.k, step, weights)
 
     def coefficients(self) -> Tensor:

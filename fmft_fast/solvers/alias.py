@@ -43,9 +43,7 @@ def _build() -> dict[str, ModuleType]:
         _flat_to_shape=inputs.unflatten,
     )
     event_handling = _module("._impl.event_handling", combine_event_functions=events.combine_events)
-    impl = _module(
-        "._impl", **public, adjoint=adjoint, misc=misc, event_handling=event_handling
-    )
+    impl = _module("._impl", **public, adjoint=adjoint, misc=misc, event_handling=event_handling)
     root = _module("", **public, _impl=impl, __version__=TORCHDIFFEQ_VERSION, __path__=[])
     impl.__path__ = []
     return {

@@ -196,9 +196,7 @@ def find_parameters(module: nn.Module) -> list[Tensor]:
         return list(module.parameters())
 
     def tensors(part: nn.Module) -> list[tuple[str, Tensor]]:
-        return [
-            (k, v) for k, v in part.__dict__.items() if torch.is_tensor(v) and v.requires_grad
-        ]
+        return [(k, v) for k, v in part.__dict__.items() if torch.is_tensor(v) and v.requires_grad]
 
     return [p for _, p in module._named_members(get_members_fn=tensors)]
 
@@ -211,7 +209,7 @@ def _adjoint_norm(problem: Problem, given: Norm | str | None) -> Norm:
         adj_t, y, adj_y, *_ = parts
         return max(adj_t.abs(), state_norm(y), state_norm(adj_y))
 
-    def full_norm(parts: tuple) -> Tensor:
+    def full_norm(parts: tuple) -> Tensor | float:
         return max(seminorm(parts), max_rms_norm(parts[3:]))
 
     def on_user_state(parts: tuple) -> Tensor:

@@ -49,11 +49,7 @@ class DenseSolution:
         return y.reshape(*t.shape, *y.shape[1:])
 
 
-def hermite_coefficients(
-    h: Tensor, y0: Tensor, f0: Tensor, y1: Tensor, f1: Tensor
-) -> Tensor:
+def hermite_coefficients(h: Tensor, y0: Tensor, f0: Tensor, y1: Tensor, f1: Tensor) -> Tensor:
     """[4, *state] coefficients of the cubic through (y0, f0) and (y1, f1) over a step h."""
     rise = y1 - y0
-    return torch.stack(
-        (y0, h * f0, 3 * rise - h * (2 * f0 + f1), h * (f0 + f1) - 2 * rise)
-    )
+    return torch.stack((y0, h * f0, 3 * rise - h * (2 * f0 + f1), h * (f0 + f1) - 2 * rise))

@@ -6,8 +6,8 @@ lambda = dL/dy_{n+1}, one step back is, from the last stage to the first,
     kbar_i = h (b_i lambda + sum_{j > i} a_ji ybar_j)      ybar_i = (df/dy)^T kbar_i
     lambda <- lambda + sum_i ybar_i                        pbar <- pbar + (df/dp)^T kbar_i
 
-The forward pass keeps the stage inputs Y_i (or every k-th state, from which they are computed again);
-the backward pass evaluates the field once more at each of them, one graph at a time.
+The forward pass keeps the stage inputs Y_i (or every k-th state, from which they are computed
+again); the backward pass evaluates the field once more at each of them, one graph at a time.
 
 Source: Hager, "Runge-Kutta methods in optimal control and the transformed adjoint system",
 Numer. Math. 87 (2000); Sanz-Serna, "Symplectic Runge-Kutta schemes for adjoint equations",
@@ -104,12 +104,14 @@ class _Surroundings:
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
 
     def generators(self) -> list[Tensor]:
+        """States of the random generators that the field may use."""
         states = [torch.get_rng_state()]
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return states
 
     def note(self, n: int, i: int) -> None:
+        """Called before evaluation (n, i) of the forward pass."""
         if self.random is not None:
             self.random.setdefault((n, i), self.generators())
 
@@ -120,6 +122,7 @@ class _Surroundings:
             self.random = {(0, 0): before}
 
     def restore(self, n: int, i: int) -> None:
+        """Called before evaluation (n, i) is repeated."""
         if self.random is not None:
             cpu, *cuda = self.random[n, i]
             torch.set_rng_state(cpu)
@@ -128,9 +131,7 @@ class _Surroundings:
 
     def backward_context(self) -> Any:
         """Autocast as in the forward pass."""
-        return torch.autocast(
-            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast
-        )
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast)
 
     def keep_generators(self) -> Any:
         """Leave the generators as they are after a replay."""
@@ -151,7 +152,7 @@ class DiscreteSolve(torch.autograd.Function):
     def forward(ctx, plan: DiscretePlan, x0, grid, table, cond, *params):
         times = [row.unbind() for row in table.detach().unbind()]
         around = _Surroundings(x0.device)
-        unchecked = any(ctx.needs_input_grad)
+        unchecked = True
 
         def evaluate(n: int, i: int, y: Tensor) -> Tensor:
             nonlocal unchecked
@@ -169,8 +170,7 @@ class DiscreteSolve(torch.autograd.Function):
 
         if plan.known is not None:
             states, inputs = plan.known
-            if unchecked:
-                evaluate(0, 0, states[0])
+            evaluate(0, 0, states[0])
         else:
             states, inputs = [x0.detach()], []
             for n in range(len(plan.h)):
@@ -188,8 +188,12 @@ class DiscreteSolve(torch.autograd.Function):
         return torch.stack(states) if plan.save_all else states[-1].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise GradientError(
+                "the discrete adjoint is differentiable once, but create_graph=True asks for more: "
+                'use gradient="backprop" for second derivatives'
+            )
         return _Backward(ctx).run(grad)
 
 
@@ -221,7 +225,7 @@ class _Backward:
         self.plan: DiscretePlan = ctx.plan
         self.around: _Surroundings = ctx.around
         self.times = ctx.times
-        self.inputs: list[list[Tensor]] = ctx.inputs
+        self.inputs: list[list[Tensor]] = list(ctx.inputs)
         self.checkpoints: list[Tensor] = ctx.checkpoints
         saved = list(ctx.saved_tensors)
         self.cond = saved.pop().detach() if ctx.has_cond else None
@@ -254,9 +258,7 @@ class _Backward:
         sums = iter(self.sums)
         params = [next(sums) if wanted else None for wanted in self.params_grad]
         cond = next(sums) if self.cond_grad else None
-        cast = [
-            g if g is None else g.to(p.dtype) for g, p in zip(params, self.params, strict=True)
-        ]
+        cast = [g if g is None else g.to(p.dtype) for g, p in zip(params, self.params, strict=True)]
         return (
             None,
             lam if self.x0_grad else None,
@@ -274,8 +276,10 @@ class _Backward:
         h_bar = lam.new_zeros((), dtype=torch.float64)
         for i in range(tableau.stages - 1, -1, -1):
             weights = tuple(tableau.a[j][i] for j in range(tableau.stages - 1, i, -1))
-            k_bar = combine(lam * (h * tableau.b[i]), bars, h, weights) if bars else lam * (
-                h * tableau.b[i]
+            k_bar = (
+                combine(lam * (h * tableau.b[i]), bars, h, weights)
+                if bars
+                else lam * (h * tableau.b[i])
             )
             wanted = self.x0_grad or n > 0 or i > 0
             y_bar, k = self.stage_back(n, i, inputs[i], k_bar, wanted)
@@ -335,7 +339,7 @@ class _Backward:
                 sums.append(total)
                 terms.append(grad)
         if sums:
-            torch._foreach_add_(sums, terms)
+            torch._foreach_add_(sums, terms)  # pyright: ignore[reportPrivateImportUsage]
         for j, grad in fresh:
             half = grad.dtype in (torch.float16, torch.bfloat16)
             # A copy: autograd may hand out one tensor for several inputs.

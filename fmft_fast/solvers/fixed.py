@@ -224,26 +224,6 @@ def hermite(
     return (1 - x) * y0 + x * y1 + x * (x - 1) * inner
 
 
-def _warn_non_finite(problem: Problem, grid: Grid, solution: Tensor) -> None:
-    if bool(torch.isfinite(solution[-1]).all()):
-        return
-    bad = ~torch.isfinite(solution.detach().abs().flatten(1).sum(1))
-    j = int(bad.to(torch.int8).argmax())
-    if j == 0:
-        where = "already in the initial state y0"
-    else:
-        step = next(n for n, reached in enumerate(grid.outputs) if any(i >= j for i, _ in reached))
-        first = next((n for n in range(step, -1, -1) if grid.outputs[n - 1] or n == 0), 0)
-        steps = f"step {step}" if first == step else f"steps {first} to {step}"
-        where = f"in {steps}, between t = {problem.t[j - 1].item()} and {problem.t[j].item()}"
-    warnings.warn(
-        f"{problem.method}: the solution became NaN or infinite {where}. Check the field there, or "
-        "take smaller steps.",
-        NonFiniteWarning,
-        stacklevel=5,
-    )
-
-
 def integrate_fixed_until_event(
     problem: Problem, stepper: Stepper, options: FixedOptions
 ) -> tuple[Tensor, Tensor]:

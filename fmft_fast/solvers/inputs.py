@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -25,6 +26,18 @@ _VALID_CALLBACKS: dict[Family, tuple[str, ...]] = {
     "adams": CALLBACKS[:1],
     "scipy": (),
 }
+
+
+_REAL = {
+    torch.complex32: torch.float16,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the real part (`dtype.to_real()` cannot be traced by torch.compile)."""
+    return _REAL.get(dtype, dtype)
 
 
 class Perturb(Enum):
@@ -85,7 +98,7 @@ class NormalisedField:
         self.base = base
         self.shapes = shapes
         self.dtype = dtype
-        self.time_dtype = dtype.to_real()
+        self.time_dtype = real_dtype(dtype)
         self.direction = direction
         self.evaluations = 0
 
@@ -232,7 +245,7 @@ class Problem:
     norm: Norm | None
     options: Any
     event_fn: Callable[[Tensor, Tensor], Tensor] | None = None
-    callbacks: dict[str, Callable] = field(default_factory=dict)
+    callbacks: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
     @property
     def shapes(self) -> Sequence[torch.Size] | None:
@@ -314,9 +327,7 @@ def _collect_callbacks(func: Any, method: str, normal: NormalisedField) -> dict[
     valid = _VALID_CALLBACKS[find_method(method).family]
     invalid = set(found) - set(valid)
     if invalid:
-        warnings.warn(
-            f"Solver '{method}' does not support callbacks {invalid}", stacklevel=4
-        )
+        warnings.warn(f"Solver '{method}' does not support callbacks {invalid}", stacklevel=4)
 
     def bind(callback: Callable) -> Callable:
         return lambda t, y, dt: callback(t, normal.split(y), dt)
@@ -357,9 +368,7 @@ def normalise(
     atol = _tolerance("atol", atol, shapes, state)
     direction = direction_of(t)
     if t.device != state.device:
-        warnings.warn(
-            "t is not on the same device as y0. Coercing to y0.device.", stacklevel=3
-        )
+        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
         t = t.to(state.device)
     if t.dtype in (torch.float16, torch.bfloat16):
         t = t.float()

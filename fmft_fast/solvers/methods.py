@@ -389,6 +389,5 @@ def find_method(name: str) -> Method:
     except (KeyError, TypeError):
         known = ", ".join(METHODS)
         raise UnknownMethodError(
-            f'Invalid method "{name}": expected one of {{{known}}}. '
-            "method=None chooses dopri5."
+            f'Invalid method "{name}": expected one of {{{known}}}. method=None chooses dopri5.'
         ) from None

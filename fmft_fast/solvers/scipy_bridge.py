@@ -70,7 +70,7 @@ def integrate_with_scipy(
         result = solve_ivp(
             field,
             (times[0], times[-1]),
-            field.to_numpy(y0),
+            field.to_numpy(y0).copy(),
             method=solver,
             t_eval=times,
             rtol=field.tolerance(rtol),

@@ -17,7 +17,7 @@ from .continuous_adjoint import find_parameters, odeint_adjoint
 from .discrete_adjoint import DiscretePlan, DiscreteSolve, StageField
 from .drop_in import odeint
 from .fixed import stage_times, step_sizes
-from .inputs import direction_of, normalise
+from .inputs import direction_of, normalise, real_dtype
 from .methods import find_method
 from .stats import SolveStats, record_stats, report
 from .tableau import Tableau
@@ -42,7 +42,7 @@ class Solution:
 
     @property
     def status(self) -> str:
-        """"success", or "non-finite" if the result holds NaN or infinity (reads the device)."""
+        """ "success", or "non-finite" if the result holds NaN or infinity (reads the device)."""
         return "success" if bool(torch.isfinite(self.y.detach()).all()) else "non-finite"
 
 
@@ -215,6 +215,7 @@ class _Request:
             raise InputError(f"checkpoint_every must be an int >= 0, got {self.checkpoint_every!r}")
         self._check_method()
         module = find_parameters(self.field) if isinstance(self.field, nn.Module) else []
+        self.keeps_graph = torch.is_grad_enabled() and self.gradient != "none"
         unique = {id(p): p for p in (*module, *self.params) if p.requires_grad}
         self.params = tuple(unique.values())
 
@@ -248,7 +249,7 @@ class _Request:
 
     @cached_property
     def tolerances(self) -> dict[str, float]:
-        """rtol and atol with their defaults."""
+        """The tolerances with their defaults."""
         return {
             "rtol": 1e-5 if self.rtol is None else self.rtol,
             "atol": 1e-5 if self.atol is None else self.atol,
@@ -273,11 +274,6 @@ class _Request:
                 with torch.set_grad_enabled(self.keeps_graph):
                     y = odeint(self.call, self.x0, t, **common)
         return Solution(y if self.save == "all" else y[-1], t.detach(), log[-1])
-
-    @property
-    def keeps_graph(self) -> bool:
-        """Whether a graph is built at all."""
-        return torch.is_grad_enabled() and self.gradient != "none"
 
     def by_steps(self) -> Solution:
         """Solve by explicit Runge-Kutta steps."""
@@ -324,7 +320,7 @@ class _Request:
     def _time_rows(self, tableau: Tableau, grid: Tensor) -> Tensor:
         """[N, s, ...]: what the field gets as t."""
         if self.table is None:
-            real = self.x0.dtype.to_real()
+            real = real_dtype(self.x0.dtype)
             return stage_times(tableau, grid, real).to(self.x0.device, non_blocking=True)
         expected = (len(grid) - 1, tableau.stages)
         if tuple(self.table.shape[:2]) != expected:
@@ -426,9 +422,9 @@ def _check_finite(
             f = plan.field(times[n][i], y, cond)
             if not bool(torch.isfinite(f).all()):
                 raise NonFiniteError(
-                    f"the field returned NaN or infinite values in step {n} of {len(plan.h)}, stage "
-                    f"{i}, t = {grid[n].item()} to {grid[n + 1].item()}. Check its parameters, or "
-                    "take smaller steps"
+                    f"the field returned NaN or infinite values in step {n} of {len(plan.h)}, "
+                    f"stage {i}, t = {grid[n].item()} to {grid[n + 1].item()}. Check its "
+                    "parameters, or take smaller steps"
                 )
             return f
 
