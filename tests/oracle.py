@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -20,7 +21,29 @@ from typing import Any
 
 import pytest
 import torch
+from problems import NeuralField, Problem, random_state
 from torch import Tensor, nn
+
+import fmft_fast
+
+EXPLICIT = ("euler", "midpoint", "heun2", "heun3", "rk4")
+ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+# gl4 has other nodes, see test_gl4_is_never_less_accurate.
+IMPLICIT = (
+    "implicit_euler",
+    "implicit_midpoint",
+    "trapezoid",
+    "radauIIA3",
+    "radauIIA5",
+    "gl6",
+    "sdirk2",
+    "trbdf2",
+)
+FIXED = EXPLICIT + ADAMS + IMPLICIT
+# tsit5 has other weights, see test_tsit5_is_never_less_accurate.
+ADAPTIVE = ("adaptive_heun", "fehlberg2", "bosh3", "dopri5", "dopri8")
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+over_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 SOURCE_VARIABLE = "FMFT_TORCHDIFFEQ_SOURCE"
 NO_SOURCE = f"needs {SOURCE_VARIABLE}=<checkout of torchdiffeq>, whose newest source"
@@ -101,6 +124,7 @@ class Run:
         steps: callbacks as (name, t, dt).
         gradients: of the inputs and parameters, in the order given.
         backward_times: times of the evaluations during the backward pass.
+        backward_steps: callbacks during the backward pass.
     """
 
     result: Any = None
@@ -110,6 +134,7 @@ class Run:
     steps: list[tuple[str, float, float]] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
     backward_times: list[float] = field(default_factory=list)
+    backward_steps: list[tuple[str, float, float]] = field(default_factory=list)
 
 
 def leaves(value: Any) -> list[Tensor]:
@@ -164,6 +189,8 @@ def run(
         grads = torch.autograd.grad(weighted_sum(outcome.result), inputs, allow_unused=True)
         outcome.gradients = list(grads)
         outcome.backward_times = recorder.times[len(outcome.times) :]
+        outcome.backward_steps = recorder.events[len(outcome.steps) :]
+    if outcome.error is None:
         outcome.result = _map(torch.Tensor.detach, outcome.result)
     return outcome
 
@@ -179,6 +206,79 @@ def relative_difference(left: Any, right: Any) -> float:
     worst = 0.0
     for a, b in zip(leaves(left), leaves(right), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        scale = max(float(b.abs().max()), 1e-300)
+        scale = max(float(b.detach().abs().max()), 1e-300)
         worst = max(worst, float((a - b).abs().max()) / scale)
     return worst
+
+
+def both(
+    entry: str, make_field: Callable[[], Callable], y0: Any, t: Any, **kwargs: Any
+) -> tuple[Run, Run]:
+    """The same call of torchdiffeq and of this package."""
+    theirs = oracle_for(kwargs.get("method"))
+    return (
+        run(getattr(theirs, entry), make_field, y0, t, **kwargs),
+        run(getattr(fmft_fast, entry), make_field, y0, t, **kwargs),
+    )
+
+
+def assert_same_solve(
+    theirs: Run, ours: Run, tolerance: float, time_tolerance: float | None = None
+) -> None:
+    """Equal values, and the field evaluated as often and at the same times."""
+    for outcome in (theirs, ours):
+        if outcome.error is not None:
+            raise outcome.error
+    assert relative_difference(ours.result, theirs.result) <= tolerance
+    assert_same_times(theirs.times, ours.times, time_tolerance or tolerance)
+
+
+def assert_same_times(theirs: list[float], ours: list[float], tolerance: float) -> None:
+    assert len(ours) == len(theirs)
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert math.isclose(mine, reference, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def assert_same_steps(theirs: Run, ours: Run, tolerance: float) -> None:
+    """The callbacks came in the same order, with the same times and step sizes."""
+    steps, reference = ours.steps + ours.backward_steps, theirs.steps + theirs.backward_steps
+    assert [step[0] for step in steps] == [step[0] for step in reference]
+    for (_, t, dt), (_, t_reference, dt_reference) in zip(steps, reference, strict=True):
+        assert math.isclose(t, t_reference, rel_tol=tolerance, abs_tol=tolerance)
+        assert math.isclose(dt, dt_reference, rel_tol=tolerance)
+
+
+def assert_same_gradients(theirs: Run, ours: Run, tolerance: float) -> None:
+    """The gradients of all inputs and parameters agree; those that are absent are so in both."""
+    assert len(theirs.gradients) == len(ours.gradients) > 0
+    for mine, reference in zip(ours.gradients, theirs.gradients, strict=True):
+        assert (mine is None) == (reference is None)
+        if mine is not None:
+            assert relative_difference(mine, reference) <= tolerance
+
+
+def settings(problem: Problem, dtype: torch.dtype, count: int, *, reverse: bool) -> tuple:
+    """Field factory, initial state and times of a problem in a dtype."""
+    t = problem.times(count, reverse=reverse)
+    return lambda: problem.make_field().to(dtype), problem.start(t).to(dtype), t
+
+
+def largest(y: Tensor) -> Tensor:
+    return y.abs().max()
+
+
+class TupleField(nn.Module):
+    """Two coupled parts of different shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = NeuralField()
+        self.gain = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        assert isinstance(y, tuple)
+        matrix, scalar = y
+        return self.inner(t, matrix) * scalar, self.gain * torch.cos(t) - matrix.mean()
+
+
+TUPLE_STATE = (random_state(4, 3), random_state(seed=2))

@@ -74,7 +74,7 @@ class Logistic(nn.Module):
 
 
 class Forced(nn.Module):
-    """y' = y / t + a t cos t, a scalar state and a field that depends on time: y = t (sin t + 2)."""
+    """y' = y / t + a t cos t for a state of one entry: y = t (sin t + 2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Forced(nn.Module):
 
     @staticmethod
     def exact(t: Tensor) -> Tensor:
-        return t * (torch.sin(t) + 2)
+        return (t * (torch.sin(t) + 2))[:, None]
 
 
 class Stiff(nn.Module):
@@ -185,4 +185,4 @@ class NeuralField(nn.Module):
 
 def random_state(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     """A standard normal tensor from its own generator."""
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
