@@ -36,7 +36,7 @@ if X86:
 # -ffp-contract=fast lets a x b + c become one instruction; nothing else may change the arithmetic.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 CXX_FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 NINJA_RULES = """\
 rule cxx

@@ -133,15 +133,15 @@ def _cuda_status() -> BackendStatus:
             "FMFT_CUDA=1 pip install --force-reinstall --no-deps .",
         )
     capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    device, built = 10 * capability[0] + capability[1], module.architectures()
-    if device < min(built):
+    device, built = "{}{}".format(*capability), module.architectures()
+    if int(device) < min(int(arch.rstrip("af")) for arch in built):
         return BackendStatus(
             "cuda",
             False,
-            f"compiled for compute capabilities {built}, the device has {device}",
+            f"compiled for compute capabilities {', '.join(built)}; the device has {device}",
             f"FMFT_CUDA=1 FMFT_CUDA_ARCHS={device} pip install --force-reinstall --no-deps .",
         )
-    return BackendStatus("cuda", True, f"compiled for compute capabilities {built}")
+    return BackendStatus("cuda", True, f"compiled for compute capabilities {', '.join(built)}")
 
 
 library.register(choose_kernels)
