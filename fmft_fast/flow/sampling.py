@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmft_fast.errors import InputError
-from fmft_fast.solvers.solution import solve
+from fmft_fast.solvers import solve
 
 
 def sample(

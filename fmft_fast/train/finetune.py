@@ -13,7 +13,7 @@ from fmft_fast.errors import InputError, InputTypeError
 from fmft_fast.flow.couplings import Coupling, Pairs, make_coupling
 from fmft_fast.flow.losses import flow_matching_loss, reconstruction_loss
 from fmft_fast.flow.paths import LinearPath, noise_like
-from fmft_fast.solvers.solution import Solution, solve
+from fmft_fast.solvers import Solution, solve
 from fmft_fast.train.batches import (
     Batch,
     BatchSource,
