@@ -181,15 +181,14 @@ def run(
             outcome.result = call(recorder, y0, t, **kwargs)
         except Exception as error:
             outcome.error = error
+        outcome.times, outcome.steps = list(recorder.times), list(recorder.events)
+        if grad and outcome.error is None:
+            inputs = [*leaves(y0), *([t] if t_grad else []), *recorder.parameters()]
+            total = weighted_sum(outcome.result)
+            outcome.gradients = list(torch.autograd.grad(total, inputs, allow_unused=True))
+            outcome.backward_times = recorder.times[len(outcome.times) :]
+            outcome.backward_steps = recorder.events[len(outcome.steps) :]
     outcome.warnings = [(w.category, str(w.message)) for w in caught]
-    outcome.times = list(recorder.times)
-    outcome.steps = list(recorder.events)
-    if grad and outcome.error is None:
-        inputs = [*leaves(y0), *([t] if t_grad else []), *recorder.parameters()]
-        grads = torch.autograd.grad(weighted_sum(outcome.result), inputs, allow_unused=True)
-        outcome.gradients = list(grads)
-        outcome.backward_times = recorder.times[len(outcome.times) :]
-        outcome.backward_steps = recorder.events[len(outcome.steps) :]
     if outcome.error is None:
         outcome.result = _map(torch.Tensor.detach, outcome.result)
     return outcome
@@ -260,7 +259,13 @@ def assert_same_gradients(theirs: Run, ours: Run, tolerance: float) -> None:
 def settings(problem: Problem, dtype: torch.dtype, count: int, *, reverse: bool) -> tuple:
     """Field factory, initial state and times of a problem in a dtype."""
     t = problem.times(count, reverse=reverse)
-    return lambda: problem.make_field().to(dtype), problem.start(t).to(dtype), t
+    own_dtype = problem.start(t).dtype
+
+    def make_field() -> nn.Module:
+        field = problem.make_field()
+        return field if dtype == own_dtype else field.to(dtype)
+
+    return make_field, problem.start(t).to(dtype), t
 
 
 def largest(y: Tensor) -> Tensor:
