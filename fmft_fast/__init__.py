@@ -16,10 +16,10 @@ from .solvers import (
     stage_time_table,
     unpatch_torchdiffeq,
 )
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
+    "__version__",
     "METHODS",
     "DenseSolution",
     "Solution",

@@ -1,12 +1,13 @@
 """The fused step ops in Triton, for GPUs where no compiled module exists.
 
-Numbers reach a kernel as tuples of float32, Triton's type for a Python float: for a float64 state each
-is the exact sum of three. Without a step on the device, h is folded into the weights.
+Numbers reach a kernel as tuples of float32, Triton's type for a Python float: for a float64 state
+each is the exact sum of three. Without a step on the device, h is folded into the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from fmft_fast.ops.layout import laid_out
 BLOCK = 1024
 # The grid of rk_finish depends on the size of the state alone, and so does the order of its sum.
 MAX_BLOCKS = 1024
+FLOAT32 = struct.Struct("f")
 
 
 @triton.jit
@@ -71,9 +73,8 @@ def _finish_kernel(
     BLOCK: tl.constexpr,
 ):
     squares = tl.zeros((BLOCK,), dtype=tl.float64)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    for offset in range(first, size, step):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK
+    while offset < size:
         at = offset + tl.arange(0, BLOCK)
         inside = at < size  # the last block hangs over
         start = tl.load(y + at, mask=inside, other=0.0)
@@ -93,6 +94,7 @@ def _finish_kernel(
         ratio = tl.where(inside, error / scale, 0.0).to(tl.float64)
         squares += ratio * ratio
         tl.store(out + at, end, mask=inside)
+        offset += tl.num_programs(0) * BLOCK
     tl.store(partials + tl.program_id(0), tl.sum(squares))
 
 
@@ -136,20 +138,22 @@ def _dense_kernel(
 def rk_combine(y: Tensor, k: Sequence[Tensor], h: Step, w: Weights) -> Tensor:
     """Return y + h sum_i w[i] k[i]."""
     out, y, k = laid_out(y, k)
-    pairs = [(wi, ki) for wi, ki in zip(w, k, strict=True) if wi != 0]
+    pairs = [(wi, ki) for wi, ki in zip(w, k, strict=True) if wi != 0] or [(0.0, k[0])]
     scale, on_device = _scale(h)
     grid = (triton.cdiv(y.numel(), BLOCK),)
-    _combine_kernel[grid](
-        out,
-        y,
-        tuple(ki for _, ki in pairs),
-        parts(scale * wi for wi, _ in pairs),
-        h if on_device else y,
-        y.numel(),
-        STAGES=len(pairs),
-        ON_DEVICE=on_device,
-        BLOCK=BLOCK,
-    )
+    with torch.cuda.device_of(y):
+        _combine_kernel[grid](
+            out,
+            y,
+            tuple(ki for _, ki in pairs),
+            parts(scale * wi for wi, _ in pairs),
+            h if on_device else y,
+            y.numel(),
+            STAGES=len(pairs),
+            ON_DEVICE=on_device,
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
+        )
     return out
 
 
@@ -159,25 +163,30 @@ def rk_finish(
     """Return the solution and its error ratio, in one pass over the state."""
     out, y, k = laid_out(y, k)
     stages = [t for t in zip(b, b_err, k, strict=True) if t[0] != 0 or t[1] != 0]
+    stages = stages or [(0.0, 0.0, k[0])]
     scale, on_device = _scale(h)
     blocks = min(triton.cdiv(y.numel(), BLOCK), MAX_BLOCKS)
     partials = y.new_empty(blocks, dtype=torch.float64)
     ratio = y.new_empty(())
-    _finish_kernel[(blocks,)](
-        out,
-        partials,
-        y,
-        tuple(ki for _, _, ki in stages),
-        parts(scale * bi for bi, _, _ in stages),
-        parts(scale * ei for _, ei, _ in stages),
-        parts((rtol, atol)),
-        h if on_device else y,
-        y.numel(),
-        STAGES=len(stages),
-        ON_DEVICE=on_device,
-        BLOCK=BLOCK,
-    )
-    _ratio_kernel[(1,)](ratio, partials, blocks, y.numel(), BLOCK=MAX_BLOCKS)
+    with torch.cuda.device_of(y):
+        _finish_kernel[(blocks,)](
+            out,
+            partials,
+            y,
+            tuple(ki for _, _, ki in stages),
+            parts(scale * bi for bi, _, _ in stages),
+            parts(scale * ei for _, ei, _ in stages),
+            parts((rtol, atol)),
+            h if on_device else y,
+            y.numel(),
+            STAGES=len(stages),
+            ON_DEVICE=on_device,
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
+        )
+        _ratio_kernel[(1,)](
+            ratio, partials, blocks, y.numel(), BLOCK=MAX_BLOCKS, enable_fp_fusion=True
+        )
     return out, ratio
 
 
@@ -189,28 +198,30 @@ def dense_eval(
     theta = theta.to(torch.float64).contiguous()
     out = y.new_empty((theta.shape[0], *y.shape))
     scale, on_device = _scale(h)
-    _dense_kernel[(triton.cdiv(y.numel(), BLOCK), theta.shape[0])](
-        out,
-        y,
-        k,
-        parts(scale * c for row in p for c in row),
-        h if on_device else y,
-        theta,
-        y.numel(),
-        STAGES=len(k),
-        DEGREE=len(p[0]),
-        ON_DEVICE=on_device,
-        BLOCK=BLOCK,
-    )
+    with torch.cuda.device_of(y):
+        _dense_kernel[(triton.cdiv(y.numel(), BLOCK), theta.shape[0])](
+            out,
+            y,
+            k,
+            parts(scale * c for row in p for c in row),
+            h if on_device else y,
+            theta,
+            y.numel(),
+            STAGES=len(k),
+            DEGREE=len(p[0]),
+            ON_DEVICE=on_device,
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
+        )
     return out
 
 
-def parts(numbers) -> tuple[float, ...]:
+def parts(numbers: Iterable[float]) -> tuple[float, ...]:
     """Return every number as three that float32 holds exactly and whose sum is the number."""
     found = []
     for number in numbers:
         for _ in range(3):
-            part = torch.tensor(number, dtype=torch.float32).item()
+            (part,) = FLOAT32.unpack(FLOAT32.pack(number))
             found.append(part)
             number -= part
     return tuple(found)
