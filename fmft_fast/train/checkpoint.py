@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fmft_fast.errors import CheckpointError
+from fmft_fast.version import __version__
 
 FORMAT = "fmft-checkpoint"
 FORMAT_VERSION = 1
@@ -350,11 +351,9 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        own = version("fmft_fast")
-    except PackageNotFoundError:
-        own = "source tree"
-    return {"fmft_fast": own, "torch": torch.__version__, "python": platform.python_version()}
+    """Give the versions that a result depends on."""
+    return {
+        "fmft_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,267 @@
+"""The command `fmft`: reads the command line, calls `commands` and `demo`, explains errors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fmft_fast import commands, demo
+from fmft_fast.commands import SECTIONS, Place
+from fmft_fast.errors import ConfigError, FmftError
+from fmft_fast.info import info_text, package_info
+from fmft_fast.tasks import STEPS, TASKS, find_task
+from fmft_fast.train.config import parse_overrides
+from fmft_fast.version import __version__
+
+DESCRIPTION = """\
+Pre-train flow-matching models, fine-tune them through their ODE solve, and measure the gain.
+
+Every setting can stand in a TOML file (--config) and on the command line:
+  fmft pretrain toy-gmm --steps 2000 --lr 1e-3
+  fmft finetune toy-gmm --coupling ot-fixed --coupling_options.size 2048
+  fmft demo --pretrain.steps 1000 --finetune.steps 500
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 a fault of the program, 2 a mistake that the message explains,
+        130 interrupted.
+    """
+    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    parser = make_parser()
+    known, extra = parser.parse_known_args(words)
+    if known.command is None:
+        parser.print_help()
+        return 2
+    warnings.showwarning = _show_warning
+    try:
+        return known.run(known, _overrides(known, extra))
+    except (FmftError, OSError) as error:
+        code, text = 2, str(error)
+    except KeyboardInterrupt as error:
+        code, text = 130, str(error) or "interrupted"
+    except Exception as error:
+        code = 1
+        text = f"{type(error).__name__}: {error} (a fault of fmft: please report it)"
+        if not known.debug:
+            text += "; run with --debug for the traceback"
+    if known.debug:
+        raise
+    print(f"fmft {known.command}: {text}", file=sys.stderr)
+    return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="fmft",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fmft_fast {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        target = "" if name in ("demo", "info") else " TASK"
+        sub = subparsers.add_parser(
+            name,
+            help=text,
+            description=text,
+            usage=f"fmft {name}{target} [--option VALUE ...]",
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run, settings=[], configurable=False)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        return sub
+
+    sub = add("pretrain", run_pretrain, "Pre-train a task's field by flow matching.")
+    _add_task(sub)
+    _add_run_options(sub, "pretrain")
+    sub = add("finetune", run_finetune, "Fine-tune a pre-trained field through its ODE solve.")
+    _add_task(sub)
+    sub.add_argument(
+        "--from",
+        dest="start",
+        metavar="CHECKPOINT",
+        help="pre-trained run or checkpoint (default: runs/TASK/pretrain)",
+    )
+    _add_run_options(sub, "finetune")
+    sub = add("evaluate", run_evaluate, "Measure a checkpoint's samples against steps.")
+    _add_task(sub)
+    sub.add_argument("--checkpoint", required=True, help="run or checkpoint to measure")
+    sub.add_argument("--steps", type=_numbers, default=STEPS, help="numbers of Euler steps")
+    sub.add_argument("--seed", type=int, default=0, help="seed of noise and fresh data")
+    sub.add_argument("--out", type=Path, help="folder for results.json")
+    sub = add("demo", run_demo, "Show the gap and how fine-tuning closes it, on several seeds.")
+    sub.add_argument("--task", default="toy-gmm", help=f"one of {', '.join(TASKS)}")
+    sub.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="e.g. 0,1,2")
+    sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    _add_run_options(sub, *SECTIONS)
+    sub = add("info", run_info, "Print versions, devices and backends, each with its cure.")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _add_task(sub: argparse.ArgumentParser) -> None:
+    names = ", ".join(f"{name} ({task.summary})" for name, task in TASKS.items())
+    sub.add_argument("task", metavar="TASK", help=names)
+
+
+def _add_run_options(sub: argparse.ArgumentParser, *sections: str) -> None:
+    """Add what every training command takes, and one option for each key of its settings."""
+    sub.set_defaults(configurable=True)
+    sub.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run")
+    sub.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
+    sub.add_argument(
+        "--measure", type=_numbers, default=STEPS, metavar="N,N", help="numbers of steps measured"
+    )
+    for name in sections:
+        group = sub.add_argument_group(
+            f"settings of [{name}]", "defaults of the package; a task has its own for some"
+        )
+        for item in dataclasses.fields(SECTIONS[name]):
+            # With one section its keys need no prefix; with two, only the prefixed ones are clear.
+            flags = [f"--{name}.{item.name}"]
+            if len(sections) == 1:
+                flags.insert(0, f"--{item.name}")
+            for flag in flags:
+                group.add_argument(
+                    flag,
+                    dest="settings",
+                    action="append",
+                    metavar="VALUE",
+                    type=lambda text, flag=flag: f"{flag}={text}",
+                    help=_help(item) if flag == flags[0] else argparse.SUPPRESS,
+                )
+
+
+def _help(item: dataclasses.Field) -> str:
+    default = "{}" if item.default is dataclasses.MISSING else item.default
+    choices = item.metadata["choices"]
+    extra = f"; one of {', '.join(choices)}" if choices else ""
+    return f"{item.metadata['text']} (default {default}{extra})".replace("%", "%%")
+
+
+def _underscored(word: str) -> str:
+    """Let --solver-steps mean --solver_steps; values keep their dashes."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _overrides(known: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
+    """Collect the settings on the command line; unknown ones are refused where they are used."""
+    overrides = parse_overrides([*known.settings, *extra])
+    if overrides and not known.configurable:
+        raise ConfigError(
+            f"this command takes no settings, got {' '.join(extra)}; see "
+            f"fmft {known.command} --help"
+        )
+    return overrides
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,5, got {text!r}")
+    return numbers
+
+
+def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    print(f"warning ({category.__name__}): {message}", file=sys.stderr)
+
+
+def _place(known: argparse.Namespace, default: str) -> Place:
+    out = known.out if known.out is not None else Path("runs") / default
+    return Place(out, known.resume, known.quiet)
+
+
+def _layers(
+    known: argparse.Namespace, place: Place, overrides: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Give the tables that set this run up: its own file when it is resumed, else --config."""
+    task = find_task(known.task)
+    saved = place.out / "config.toml"
+    resuming = known.resume and saved.exists()
+    if resuming and known.config is not None:
+        raise ConfigError(
+            f"--resume goes on with {saved}, got --config {known.config} as well; drop one"
+        )
+    file = saved if resuming else known.config
+    files = [] if file is None else [commands.read_run_file(file, task)]
+    return [*files, overrides]
+
+
+def run_pretrain(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """`fmft pretrain TASK`."""
+    task = find_task(known.task)
+    commands.check_overrides(overrides, ["pretrain"])
+    place = _place(known, f"{task.name}/pretrain")
+    config = commands.make_config("pretrain", task, _layers(known, place, overrides))
+    commands.pretrain(task, config, place, steps=known.measure)
+    place.say(f"next: fmft finetune {task.name} --from {place.out}")
+    return 0
+
+
+def run_finetune(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """`fmft finetune TASK`."""
+    task = find_task(known.task)
+    commands.check_overrides(overrides, ["finetune"])
+    place = _place(known, f"{task.name}/finetune")
+    layers = _layers(known, place, overrides)
+    config = commands.make_config("finetune", task, layers)
+    start = known.start or layers[0].get("from") or Path("runs") / task.name / "pretrain"
+    commands.finetune(task, config, place, start=start, steps=known.measure)
+    return 0
+
+
+def run_evaluate(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """`fmft evaluate TASK`."""
+    place = Place(known.out) if known.out is not None else None
+    task = find_task(known.task)
+    print(commands.evaluate(task, known.checkpoint, known.steps, place, seed=known.seed))
+    return 0
+
+
+def run_demo(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """`fmft demo`."""
+    task = find_task(known.task)
+    commands.check_overrides(overrides, list(SECTIONS))
+    if "seed" in overrides:
+        raise ConfigError(
+            f"--seed: the demo takes several seeds; write --seeds {overrides['seed']}"
+        )
+    place = demo.choose_place(known.out, known.resume, known.quiet)
+    layers = _layers(known, place, overrides)
+    demo.run(
+        task,
+        place,
+        seeds=known.seeds,
+        workers=known.workers,
+        pretrain=commands.make_config("pretrain", task, layers),
+        finetune=commands.make_config("finetune", task, layers),
+        steps=known.measure,
+    )
+    return 0
+
+
+def run_info(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """`fmft info`."""
+    print(json.dumps(package_info(), indent=1) if known.json else info_text())
+    return 0

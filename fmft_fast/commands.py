@@ -1,0 +1,257 @@
+"""What the commands of `fmft` do: from a task and settings to a folder of results."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fmft_fast.errors import CheckpointError, ConfigError, MissingDependencyError
+from fmft_fast.report import results_table, write_json
+from fmft_fast.tasks import STEPS, Task
+from fmft_fast.train import (
+    FinetuneConfig,
+    FitConfig,
+    FitResult,
+    FlowMatchingTrainer,
+    MLEFineTuner,
+    PretrainConfig,
+    load_weights,
+    read_metrics,
+)
+from fmft_fast.train.checkpoint import resolve, versions
+from fmft_fast.train.config import format_toml, merge, read_toml, section, unknown_key
+
+SECTIONS: dict[str, type[FitConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+HEADER = ("task", "from")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies and how much it says."""
+
+    out: Path
+    resume: bool = False
+    quiet: bool = False
+
+    def say(self, text: str) -> None:
+        """Print, unless told to be quiet."""
+        if not self.quiet:
+            print(text, flush=True)
+
+
+def make_config(name: str, task: Task, layers: Sequence[Mapping[str, Any]]) -> Any:
+    """Lay files and overrides over the task's own settings; a later layer wins.
+
+    Args:
+        name: "pretrain" or "finetune".
+        task: its settings for that section lie at the bottom.
+        layers: nested tables, with sections or without.
+
+    Raises:
+        ConfigError: a key is unknown or a value is not understood.
+    """
+    table = dict(getattr(task, name))
+    known = (*SECTIONS, *HEADER)
+    for layer in layers:
+        keys = section(layer, name, known)
+        if keys.get("coupling", table.get("coupling")) != table.get("coupling"):
+            # Options belong to the coupling they were written for.
+            table.pop("coupling_options", None)
+        table = merge(table, keys)
+    return SECTIONS[name].from_dict(table)
+
+
+def check_overrides(overrides: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Refuse sections that the command does not read, before they are silently ignored."""
+    for name, value in overrides.items():
+        if name in HEADER:
+            raise ConfigError(f"this command takes no --{name}; see its --help")
+        if isinstance(value, Mapping) and name not in (*allowed, "coupling_options"):
+            raise unknown_key(name, (*allowed, "coupling_options"), "a section of this command")
+
+
+def read_run_file(path: Path, task: Task) -> dict[str, Any]:
+    """Read a configuration file and see that it is for this task."""
+    table = read_toml(path)
+    if table.get("task", task.name) != task.name:
+        raise ConfigError(
+            f"{path} is for the task {table['task']!r}, got {task.name!r}; name that task, or "
+            f"drop the line task = from the file"
+        )
+    return table
+
+
+def new_field(task: Task, seed: int) -> nn.Module:
+    """Make the task's untrained field, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.make_field()
+
+
+def pretrain(
+    task: Task, config: PretrainConfig, place: Place, *, steps: Sequence[int] = STEPS
+) -> dict[str, Any]:
+    """Pre-train the task's field, measure it, and write results.json."""
+    data = task.make_data(config.seed)
+    trainer = FlowMatchingTrainer(
+        new_field(task, config.seed),
+        data.train,
+        config=config,
+        heldout=data.heldout,
+        out=place.out,
+        progress=not place.quiet,
+    )
+    text = begin(place, task, "pretrain", config)
+    result = trainer.run(resume=place.resume)
+    (place.out / "config.toml").write_text(text, encoding="utf-8")
+    place.say(ending(result, steps))
+    measured = {"pre-trained": task.evaluate(on_cpu(result.model), steps, seed=config.seed)}
+    return finish(task, place, "pretrain", config, result, measured if steps else {})
+
+
+def finetune(
+    task: Task,
+    config: FinetuneConfig,
+    place: Place,
+    *,
+    start: str | Path,
+    steps: Sequence[int] = STEPS,
+    figures: bool = True,
+) -> dict[str, Any]:
+    """Fine-tune a pre-trained field through its solve, measure both, draw what changed."""
+    field = new_field(task, config.seed)
+    load_weights(field, start)
+    before = copy.deepcopy(field)
+    data = task.make_data(config.seed)
+    tuner = MLEFineTuner(
+        field,
+        data.train,
+        config=config,
+        heldout=data.heldout,
+        out=place.out,
+        progress=not place.quiet,
+    )
+    text = begin(place, task, "finetune", config, start=start)
+    result = tuner.run(resume=place.resume)
+    (place.out / "config.toml").write_text(text, encoding="utf-8")
+    place.say(ending(result, steps))
+    after = on_cpu(result.model)
+    measured = {
+        "before": task.evaluate(before, steps, seed=config.seed),
+        "after": task.evaluate(after, steps, seed=config.seed),
+    }
+    results = finish(task, place, "finetune", config, result, measured)
+    if figures:
+        logs = {"fine-tuning": read_metrics(place.out / "metrics.jsonl")}
+        earlier = Path(start) / "metrics.jsonl"
+        if earlier.exists():
+            logs = {"pre-training": read_metrics(earlier), **logs}
+        draw(task, place, before, after, seed=config.seed, results=measured, history=logs)
+    return results
+
+
+def evaluate(
+    task: Task, checkpoint: str | Path, steps: Sequence[int], place: Place | None, *, seed: int = 0
+) -> str:
+    """Measure a checkpoint's samples; give the table, and write results.json where asked to."""
+    field = new_field(task, seed)
+    loaded = load_weights(field, checkpoint)
+    measured = {"model": task.evaluate(field, steps, seed=seed)}
+    floor = task.noise_floor(seed=seed)
+    if place is not None:
+        content = {
+            "command": "evaluate",
+            "task": task.name,
+            "checkpoint": str(resolve(checkpoint)),
+            "step": loaded.step,
+            "seed": seed,
+            "results": measured,
+            "noise_floor": floor,
+            "versions": versions(),
+        }
+        write_json(place.out / "results.json", content)
+    return results_table(measured, floor)
+
+
+def finish(
+    task: Task,
+    place: Place,
+    command: str,
+    config: FitConfig,
+    result: FitResult,
+    measured: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Show the table and write results.json."""
+    floor = task.noise_floor(seed=config.seed) if measured else {}
+    if measured:
+        place.say(f"\n{results_table(measured, floor)}\n")
+    content = {
+        "command": command,
+        "task": task.name,
+        "steps_done": result.step,
+        "ended": result.reason,
+        "selected_step": result.selected_step,
+        "results": measured,
+        "noise_floor": floor,
+        "findings": [vars(finding) for finding in result.findings],
+        "config": config.to_dict(),
+        "versions": versions(),
+    }
+    place.say(f"results: {write_json(place.out / 'results.json', content)}")
+    return content
+
+
+def draw(
+    task: Task, place: Place, before: nn.Module, after: nn.Module, **arguments: Any
+) -> list[Path]:
+    """Draw the task's figures; without matplotlib say so, since the numbers are safe already."""
+    try:
+        files = task.figures(before, after, place.out / "figures", **arguments)
+    except MissingDependencyError as error:
+        place.say(f"no figures: {error}")
+        return []
+    place.say(f"figures: {', '.join(str(file) for file in files)}")
+    return files
+
+
+def ending(result: FitResult, steps: Sequence[int]) -> str:
+    """Say in plain words how a run ended and what the monitors saw."""
+    lines = [f"{result.reason} after {result.step} steps, model of step {result.selected_step}"]
+    lines += [f"step {finding.step}: {finding}" for finding in result.findings]
+    if not result.findings:
+        lines.append("no failure signature was seen")
+    if steps:
+        lines.append(f"measuring samples with N = {', '.join(map(str, steps))} Euler steps ...")
+    return "\n".join(lines)
+
+
+def begin(
+    place: Place, task: Task, name: str, config: FitConfig, *, start: str | Path | None = None
+) -> str:
+    """Save the settings as config.toml, from which the same command can run again.
+
+    A resumed run keeps the file it has until it has ended well under the new settings.
+    """
+    header = {"task": task.name, **({"from": str(start)} if start is not None else {})}
+    text = f"{format_toml(header)}\n{config.to_toml(name)}"
+    file = place.out / "config.toml"
+    if not file.exists():
+        place.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    elif not place.resume:
+        raise CheckpointError(
+            f"{place.out} already holds a run; continue it with --resume, or name another folder "
+            f"with --out"
+        )
+    return text
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """Bring a field to where tasks measure: the CPU, in float32."""
+    return model.to("cpu", torch.float32)

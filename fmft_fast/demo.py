@@ -1,0 +1,299 @@
+"""`fmft demo`: the main job on several seeds in parallel, judged against what it should reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fmft_fast import commands
+from fmft_fast.commands import Place
+from fmft_fast.errors import ConfigError, FmftError
+from fmft_fast.report import (
+    markdown,
+    median_results,
+    number,
+    read_results,
+    results_table,
+    write_json,
+)
+from fmft_fast.tasks import Task, find_task
+from fmft_fast.train import FinetuneConfig, PretrainConfig, read_metrics
+from fmft_fast.train.checkpoint import versions
+from fmft_fast.train.config import format_toml
+
+Medians = Mapping[int, Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A claim of the form value <= bound (or < bound), and whether the run reached it."""
+
+    claim: str
+    value: float
+    bound: float
+    strict: bool = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether the value keeps the bound."""
+        return self.value < self.bound if self.strict else self.value <= self.bound
+
+
+def targets(before: Medians, after: Medians) -> list[Target]:
+    """Compare what can be compared: N = 2 with N = 100, N = 10 with half, distances with before."""
+    found = []
+    measures = next(iter(before.values()))
+    share = "off_mode_share"
+    if share in measures and {2, 10, 100} <= set(before):
+        claim = "off-mode share: fine-tuned with N = 2 below pre-trained with N = 100"
+        found.append(Target(claim, after[2][share], before[100][share], strict=True))
+        claim = "off-mode share: fine-tuned with N = 10 at most half of pre-trained with N = 10"
+        found.append(Target(claim, after[10][share], before[10][share] / 2))
+    for measure in ("energy_distance", "sliced_w2"):
+        for n in (2, 10):
+            if measure in measures and n in before:
+                claim = f"{measure.replace('_', ' ')} with N = {n}: not worse than before"
+                found.append(Target(claim, after[n][measure], before[n][measure]))
+    return found
+
+
+def choose_place(out: Path | None, resume: bool, quiet: bool) -> Place:
+    """Give the folder: the one named, or the newest to resume, or the next free runs/demo-K."""
+    if out is not None:
+        if (out / "config.toml").exists() and not resume:
+            raise ConfigError(f"{out} already holds a demo; add --resume, or name another --out")
+        return Place(out, resume, quiet)
+    names = (Path("runs") / ("demo" if k == 1 else f"demo-{k}") for k in range(1, 10_000))
+    taken: Path | None = None
+    for free in names:
+        if not (free / "config.toml").exists():
+            return Place(taken if resume and taken else free, resume, quiet)
+        taken = free
+    raise ConfigError("runs/ is full of demos; name a folder with --out")
+
+
+def run(
+    task: Task,
+    place: Place,
+    *,
+    seeds: Sequence[int],
+    workers: int,
+    pretrain: PretrainConfig,
+    finetune: FinetuneConfig,
+    steps: Sequence[int],
+) -> dict[str, Any]:
+    """Pre-train, measure, fine-tune, measure again, for every seed; then sum up.
+
+    Raises:
+        FmftError: a worker failed; its message is above.
+        KeyboardInterrupt: stopped on request; says how to resume.
+    """
+    started = time.perf_counter()
+    jobs = [
+        _Job(
+            task.name,
+            seed,
+            place.out / f"seed-{seed}",
+            pretrain,
+            finetune,
+            tuple(steps),
+            figures=seed == seeds[0],
+        )
+        for seed in seeds
+    ]
+    place.out.mkdir(parents=True, exist_ok=True)
+    header = format_toml({"task": task.name})
+    text = f"{header}\n{pretrain.to_toml('pretrain')}\n{finetune.to_toml('finetune')}"
+    (place.out / "config.toml").write_text(text, encoding="utf-8")
+    place.say(
+        f"{task.name}: {task.summary}.\nPre-training {pretrain.steps} steps, fine-tuning "
+        f"{finetune.steps} steps, seeds {', '.join(map(str, seeds))}, in {place.out}"
+    )
+    _run_jobs(jobs, workers, place)
+    content = _sum_up(task, place, jobs, started)
+    place.say(_plain_words(content, jobs[0]))
+    return content
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One seed's work; it leaves its results in `folder` and goes on from what lies there."""
+
+    task: str
+    seed: int
+    folder: Path
+    pretrain: PretrainConfig
+    finetune: FinetuneConfig
+    steps: tuple[int, ...]
+    figures: bool
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "finetune" / "results.json"
+
+    def work(self) -> None:
+        task = find_task(self.task)
+        first, second = self.folder / "pretrain", self.folder / "finetune"
+        config = dataclasses.replace(self.pretrain, seed=self.seed)
+        if not (first / "results.json").exists():
+            # Measured below, together with the fine-tuned model: the measures cost more than it.
+            commands.pretrain(task, config, Place(first, resume=True, quiet=True), steps=())
+        commands.finetune(
+            task,
+            dataclasses.replace(self.finetune, seed=self.seed),
+            Place(second, resume=True, quiet=True),
+            start=first,
+            steps=self.steps,
+            figures=self.figures,
+        )
+
+    def steps_done(self) -> tuple[int, str]:
+        """Give steps done of both runs, and what the worker is at."""
+        if self.results.exists():
+            return self.pretrain.steps + self.finetune.steps, "done"
+        done, stage = 0, "starting"
+        for name, total in (("pretrain", self.pretrain.steps), ("finetune", self.finetune.steps)):
+            log = self.folder / name / "metrics.jsonl"
+            records = read_metrics(log) if log.exists() else []
+            if records:
+                done += min(total, records[-1]["step"])
+                stage = name if records[-1]["step"] < total else "measuring"
+        return done, stage
+
+
+def _work_apart(job: _Job) -> None:
+    """Run a job in a worker process, on one thread, ended by SIGTERM or by its parent's end."""
+    # In a group of its own a Ctrl-C reaches the parent only, which passes it on once.
+    os.setpgrp()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        job.work()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FmftError as error:
+        print(f"\nseed {job.seed}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run_jobs(jobs: Sequence[_Job], workers: int, place: Place) -> None:
+    """Keep up to `workers` processes at work until every job has its results."""
+    waiting = [job for job in jobs if not job.results.exists()]
+    running: dict[BaseProcess, _Job] = {}
+    context = multiprocessing.get_context("spawn")
+    total = sum(job.pretrain.steps + job.finetune.steps for job in jobs)
+    with tqdm(total=total, desc="demo", disable=place.quiet, unit="step") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < max(1, workers):
+                    job = waiting.pop(0)
+                    process = context.Process(target=_work_apart, args=(job,))
+                    process.start()
+                    running[process] = job
+                wait([process.sentinel for process in running], timeout=1.0)
+                _show(bar, jobs)
+                for process in [p for p in running if p.exitcode is not None]:
+                    job = running.pop(process)
+                    if process.exitcode != 0:
+                        raise FmftError(
+                            f"seed {job.seed} failed (exit code {process.exitcode}), see above; "
+                            f"what is finished lies in {place.out}; go on with --resume"
+                        )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped; go on with: fmft demo --resume --out {place.out}"
+            ) from None
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join()
+
+
+def _show(bar: tqdm, jobs: Sequence[_Job]) -> None:
+    done = [job.steps_done() for job in jobs]
+    bar.n = sum(count for count, _ in done)
+    bar.set_postfix_str(
+        ", ".join(f"seed {job.seed} {stage}" for job, (_, stage) in zip(jobs, done, strict=True))
+    )
+
+
+def _sum_up(task: Task, place: Place, jobs: Sequence[_Job], started: float) -> dict[str, Any]:
+    """Write results.json and results.md: medians over seeds against the targets."""
+    import json
+
+    parts = [json.loads(job.results.read_text(encoding="utf-8")) for job in jobs]
+    medians = {
+        name: median_results([read_results(part["results"][name]) for part in parts])
+        for name in ("before", "after")
+    }
+    floor = {
+        key: sorted(part["noise_floor"][key] for part in parts)[len(parts) // 2]
+        for key in parts[0]["noise_floor"]
+    }
+    judged = targets(medians["before"], medians["after"])
+    table = results_table(medians, floor)
+    rows = [
+        [t.claim, number(t.value), number(t.bound), "reached" if t.reached else "MISSED"]
+        for t in judged
+    ]
+    verdict = markdown([["target", "value", "bound", ""], *rows]) if rows else ""
+    text = (
+        f"Medians over seeds {', '.join(str(job.seed) for job in jobs)}\n\n{table}\n\n{verdict}\n"
+    )
+    (place.out / "results.md").write_text(text, encoding="utf-8")
+    place.say(f"\n{text}")
+    content = {
+        "command": "demo",
+        "task": task.name,
+        "seeds": [job.seed for job in jobs],
+        "medians": medians,
+        "noise_floor": floor,
+        "targets": [{**vars(t), "reached": t.reached} for t in judged],
+        "seconds": round(time.perf_counter() - started, 1),
+        "by_seed": {str(job.seed): part for job, part in zip(jobs, parts, strict=True)},
+        "versions": versions(),
+    }
+    write_json(place.out / "results.json", content)
+    return content
+
+
+def _plain_words(content: Mapping[str, Any], first: _Job) -> str:
+    """Say what improved, what did not, and where everything lies."""
+    reached = sum(target["reached"] for target in content["targets"])
+    lines = [f"{reached} of {len(content['targets'])} targets reached."]
+    medians = content["medians"]
+    fewest, most = min(first.steps), max(first.steps)
+    for measure, old in medians["before"][fewest].items():
+        new, best = medians["after"][fewest][measure], medians["before"][most][measure]
+        word = "fell" if new < old else "rose"
+        lines.append(
+            f"- {measure.replace('_', ' ')} with {fewest} step(s) {word} from {number(old)} to "
+            f"{number(new)} (pre-trained with {most} steps: {number(best)})"
+        )
+    out = first.folder.parent
+    lines.append(f"numbers: {out / 'results.json'}, {out / 'results.md'}")
+    figures = first.folder / "finetune" / "figures"
+    if figures.exists():
+        lines.append(f"pictures: {figures}/ ({', '.join(p.name for p in figures.glob('*.png'))})")
+    return "\n".join(lines)
