@@ -4,9 +4,10 @@ from .alias import patch_torchdiffeq, patched_torchdiffeq, unpatch_torchdiffeq
 from .continuous_adjoint import odeint_adjoint
 from .dense import DenseSolution
 from .drop_in import odeint, odeint_dense, odeint_event
+from .exact import solve, stage_time_table
 from .inputs import Perturb
 from .methods import METHODS, Method, find_method
-from .solution import Solution, solve, stage_time_table
+from .solution import Solution
 from .stats import SolveStats, record_stats
 from .tableau import Tableau
 

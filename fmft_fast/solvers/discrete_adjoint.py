@@ -150,6 +150,7 @@ class DiscreteSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan: DiscretePlan, x0, grid, table, cond, *params):
+        """Run the steps; the first evaluation also looks for gradients that would be lost."""
         times = [row.unbind() for row in table.detach().unbind()]
         around = _Surroundings(x0.device)
         unchecked = True
@@ -189,6 +190,7 @@ class DiscreteSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the discrete adjoint."""
         if torch.is_grad_enabled():
             raise GradientError(
                 "the discrete adjoint is differentiable once, but create_graph=True asks for more: "

@@ -55,8 +55,9 @@ def attach_event_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Give an event time and state their derivatives by the implicit function theorem.
 
-    With g(t, y) = 0 along y(t), dt = -dg / (g_t + g_y f) and dy moves along f by dt. The values
-    stay as they are. Gradients reach y (and through it the solve) and whatever event_fn closes over.
+    With g(t, y) = 0 along y(t), dt = -dg / (g_t + g_y f) and dy moves along f by dt. The
+    values stay as they are. Gradients reach y (and through it the solve) and whatever event_fn
+    closes over.
 
     Source: Chen, Amos, Nickel, "Learning Neural Event Functions for ODEs", ICLR 2021, section 3.
     """

@@ -110,9 +110,7 @@ class BroydenStepper:
         implicit = [i for i, row in enumerate(tableau.a) if tableau.c[i] != 0 or any(row)]
         self.systems = [[i] for i in implicit] if diagonal else [implicit]
 
-    def step(
-        self, t0: Tensor | float, t1: Tensor | float, h: Tensor | float, y: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, t0: Tensor, t1: Tensor, h: Tensor | float, y: Tensor) -> tuple[Tensor, Tensor]:
         """Advance from t0 to t1 = t0 + h.
 
         Args:
@@ -126,9 +124,8 @@ class BroydenStepper:
             converge.
         """
         f0 = self.func(t0, y, perturb=self.start_perturb)
-        t0, t1, h = (
-            torch.as_tensor(t, dtype=self.time_dtype, device=y.device) for t in (t0, t1, h)
-        )
+        t0, t1 = t0.to(self.time_dtype), t1.to(self.time_dtype)
+        h = torch.as_tensor(h, dtype=self.time_dtype, device=y.device)
         k = [f0] * len(self.c)
         for stages in self.systems:
             self._solve_stages(stages, k, t0, t1, h, y)

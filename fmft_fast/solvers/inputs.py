@@ -205,18 +205,19 @@ _OPTIONS: dict[Family, type] = {
     "scipy": ScipyOptions,
 }
 
+_OPTION_NAMES = {family: frozenset(f.name for f in fields(o)) for family, o in _OPTIONS.items()}
+
 
 def parse_options(method: str, family: Family, options: dict[str, Any]) -> Any:
     """The options of a family as a dataclass; unknown ones warn, as in torchdiffeq."""
-    known = _OPTIONS[family]
-    names = {f.name for f in fields(known)}
+    names = _OPTION_NAMES[family]
     unknown = {name: value for name, value in options.items() if name not in names}
     if unknown:
         warnings.warn(
             f"{method}: Unexpected arguments {unknown}. Known ones: {', '.join(sorted(names))}",
             stacklevel=4,
         )
-    return known(**{name: value for name, value in options.items() if name in names})
+    return _OPTIONS[family](**{name: value for name, value in options.items() if name in names})
 
 
 @dataclass

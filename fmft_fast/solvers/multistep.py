@@ -103,9 +103,7 @@ class AdamsStepper:
         self.end_perturb = Perturb.PREV if perturb else Perturb.NONE
         self.slopes: deque[Tensor] = deque(maxlen=max(int(max_order) - 1, 0))  # newest first
 
-    def step(
-        self, t0: Tensor | float, t1: Tensor | float, h: Tensor | float, y: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, t0: Tensor, t1: Tensor, h: Tensor | float, y: Tensor) -> tuple[Tensor, Tensor]:
         """Advance from t0 to t1 = t0 + h; the steps of a solve have to come in order.
 
         Args:
@@ -127,9 +125,7 @@ class AdamsStepper:
             increment = self._correct(t1, h, y, increment)
         return y + increment, f0
 
-    def _correct(
-        self, t1: Tensor | float, h: Tensor | float, y: Tensor, increment: Tensor
-    ) -> Tensor:
+    def _correct(self, t1: Tensor, h: Tensor | float, y: Tensor, increment: Tensor) -> Tensor:
         weight_new, *weights = adams_weights(len(self.slopes) + 1, implicit=True)
         from_history = h * self._weighted_sum(weights)
         for _ in range(self.max_iters):
@@ -154,7 +150,7 @@ class AdamsStepper:
         return total
 
     def _kutta_increment(
-        self, t0: Tensor | float, t1: Tensor | float, h: Tensor | float, y: Tensor, k1: Tensor
+        self, t0: Tensor, t1: Tensor, h: Tensor | float, y: Tensor, k1: Tensor
     ) -> Tensor:
         """Increment of the 3/8-rule, whose first slope is known."""
         k2 = self.func(t0 + h * (1 / 3), y + h * k1 * (1 / 3), perturb=Perturb.NONE)

@@ -1,4 +1,4 @@
-"""`solve`: one state, one field, the exact gradient of what was computed."""
+"""What `solve` does with its arguments: check them, lay out the steps, run, and report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GradientError, InputError, InputTypeError, NonFiniteError
-from ..ops.backend import StepKernels, choose_kernels
+from ..ops.backend import choose_kernels
+from .accepted_steps import find_accepted_steps
 from .adaptive import AdaptiveSolver
 from .continuous_adjoint import find_parameters, odeint_adjoint
 from .discrete_adjoint import DiscretePlan, DiscreteSolve, StageField
@@ -42,122 +43,11 @@ class Solution:
 
     @property
     def status(self) -> str:
-        """ "success", or "non-finite" if the result holds NaN or infinity (reads the device)."""
+        """Either "success" or, with NaN or infinity in y, "non-finite" (reads the device)."""
         return "success" if bool(torch.isfinite(self.y.detach()).all()) else "non-finite"
 
 
-def solve(
-    field: Callable[..., Tensor],
-    x0: Tensor,
-    t0: float | Tensor = 0.0,
-    t1: float | Tensor = 1.0,
-    *,
-    method: str = "euler",
-    steps: int | Tensor | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
-    gradient: Gradient = "discrete",
-    save: Literal["final", "all"] = "final",
-    backend: str = "auto",
-    cond: Tensor | None = None,
-    params: Iterable[Tensor] = (),
-    time_table: Tensor | None = None,
-    checkpoint_every: int = 0,
-    options: dict[str, Any] | None = None,
-) -> Solution:
-    """Solve dx/dt = field(t, x[, cond]) from x0 at t0 to t1, with fixed or adaptive steps.
-
-    Args:
-        field: maps a 0-d tensor t, x [*state] and, if given, cond to [*state]. Usually an
-            nn.Module; its parameters get gradients.
-        x0: initial state of any shape, real or complex; bf16 and fp16 are integrated in float32.
-        t0, t1: initial and final time, numbers or 0-d tensors; t1 < t0 integrates backwards.
-        method: explicit Runge-Kutta methods have all gradients; the other names in
-            `fmft_fast.METHODS` work with gradient="backprop" or "none" ("continuous" too).
-        steps: number of equal steps, or a strictly monotonic grid [N + 1] of times, which replaces
-            t0 and t1. With tolerances a grid gives the times that the steps must meet.
-        rtol, atol: tolerances; giving one makes the steps adaptive (default of the other: 1e-5).
-        gradient: "discrete": the exact gradient of the computed solution, in memory
-            O(steps x state); the field is evaluated once more in the backward pass and dropout
-            masks are repeated. "continuous": the adjoint ODE, approximate. "backprop": an ordinary
-            graph of everything, differentiable twice. "none": no graph.
-        save: "final" state, or "all" states: the ends of the steps (with tolerances and a grid: the
-            states on the grid).
-        backend: kernels of the step ops: "auto", "reference", "cpu", "triton" or "cuda".
-        cond: condition, passed to the field as third argument; gets a gradient.
-        params: further tensors that the field closes over and that get gradients. A field that
-            depends on an unknown tensor that requires grad is refused.
-        time_table: [N, stages, ...], what the field gets as t in every stage of every step, for
-            instance a time embedding computed once (see `stage_time_table`); gets a gradient.
-        checkpoint_every: keep every so many states only and compute the rest again in the backward
-            pass (one more evaluation per stage), for very long solves; 0 keeps all.
-        options: options of the adaptive step control, as in `odeint`.
-
-    Returns:
-        A `Solution`.
-
-    Raises:
-        UnknownMethodError, InputError, InputTypeError: see the messages.
-        GradientError: the gradient would be incomplete.
-        NonFiniteError: NaN or infinity, with the step (CPU only: a GPU is not read back; look at
-            `Solution.status` there), or an adaptive solve that cannot go on.
-
-    Example:
-        >>> import torch
-        >>> from fmft_fast import solve
-        >>> field = torch.nn.Linear(2, 2)
-        >>> y = solve(lambda t, x: field(x), torch.ones(8, 2), steps=4, params=field.parameters()).y
-        >>> y.square().mean().backward(); field.weight.grad.shape
-        torch.Size([2, 2])
-    """
-    tableau = find_method(method).tableau
-    explicit = tableau is not None and tableau.explicit
-    request = _Request(
-        field=field,
-        x0=x0,
-        t0=t0,
-        t1=t1,
-        method=method,
-        tableau=tableau if explicit else None,
-        steps=steps,
-        rtol=rtol,
-        atol=atol,
-        gradient=gradient,
-        save=save,
-        backend=backend,
-        cond=cond,
-        params=params,
-        table=time_table,
-        checkpoint_every=checkpoint_every,
-        options=options or {},
-    )
-    if gradient == "continuous" or not explicit:
-        return request.by_odeint()
-    return request.by_steps()
-
-
-def stage_time_table(
-    method: str, steps: int | Tensor, t0: float | Tensor = 0.0, t1: float | Tensor = 1.0
-) -> Tensor:
-    """The times [N, stages], float64, at which `solve` evaluates the field with fixed steps.
-
-    Embed them once and pass the result as time_table.
-
-    Raises:
-        UnknownMethodError, InputError: no such explicit Runge-Kutta method; bad times.
-
-    Example:
-        >>> from fmft_fast import stage_time_table
-        >>> stage_time_table("midpoint", 2).tolist()
-        [[0.0, 0.25], [0.5, 0.75]]
-    """
-    tableau = find_method(method).tableau
-    if tableau is None or not tableau.explicit:
-        raise InputError(f"a time table needs an explicit Runge-Kutta method, got {method}")
-    return stage_times(tableau.advancing, _make_grid(t0, t1, steps), torch.float64)
-
-
-def _make_grid(t0: float | Tensor, t1: float | Tensor, steps: int | Tensor | None) -> Tensor:
+def make_grid(t0: float | Tensor, t1: float | Tensor, steps: int | Tensor | None) -> Tensor:
     """[N + 1] float64 times: the user's grid, or equal steps (one without a number of steps)."""
     if isinstance(steps, Tensor):
         if steps.ndim != 1 or len(steps) < 2 or not steps.is_floating_point():
@@ -179,7 +69,7 @@ def _make_grid(t0: float | Tensor, t1: float | Tensor, steps: int | Tensor | Non
 
 
 @dataclass
-class _Request:
+class SolveRequest:
     """The arguments of one call of `solve`, checked."""
 
     field: Callable[..., Tensor]
@@ -261,7 +151,7 @@ class _Request:
 
     def by_odeint(self) -> Solution:
         """Solve by the torchdiffeq-compatible functions, over the grid or the given times."""
-        t = _make_grid(self.t0, self.t1, self.steps).to(self.x0.device)
+        t = make_grid(self.t0, self.t1, self.steps).to(self.x0.device)
         common: dict[str, Any] = {"method": self.method, "options": self.options}
         if self.adaptive:
             common |= self.tolerances
@@ -281,10 +171,20 @@ class _Request:
         dtype = self.x0.dtype
         x = self.x0.float() if dtype in (torch.float16, torch.bfloat16) else self.x0
         kernels = choose_kernels(x, self.backend)
-        tableau, grid = self.tableau.advancing, _make_grid(self.t0, self.t1, self.steps)
+        tableau, grid = self.tableau.advancing, make_grid(self.t0, self.t1, self.steps)
         known, control = None, None
         if self.adaptive:
-            grid, known, control = self._find_steps(x, grid, kernels)
+            problem = normalise(
+                self.call,
+                self.x0,
+                grid.detach().to(x.device),
+                rtol=self.tolerances["rtol"],
+                atol=self.tolerances["atol"],
+                method=self.method,
+                options=self.options,
+            )
+            keep_inputs = self.keeps_graph and not self.checkpoint_every
+            grid, known, control = find_accepted_steps(problem, grid, kernels, keep_inputs)
         discrete = self.keeps_graph and self.gradient == "discrete"
         if torch.compiler.is_compiling():
             discrete = False  # the compiler derives the same gradient from the unrolled steps
@@ -329,56 +229,6 @@ class _Request:
                 f"{tuple(self.table.shape)}; see stage_time_table"
             )
         return self.table
-
-    @torch.no_grad()
-    def _find_steps(
-        self, x: Tensor, times: Tensor, kernels: StepKernels
-    ) -> tuple[Tensor, tuple[list[Tensor], list[list[Tensor]]], AdaptiveSolver]:
-        """Accepted steps that meet every one of `times`.
-
-        Returns:
-            The grid [N + 1], differentiable in `times` (steps keep their size, and the one that
-            meets a time takes up its change); states and stage inputs; the solver for its counts.
-        """
-        problem = normalise(
-            self.call,
-            self.x0,
-            times.detach().to(x.device),
-            method=self.method,
-            options=self.options,
-            **self.tolerances,
-        )
-        solver = AdaptiveSolver(problem, kernels, problem.options, strict=True)
-        targets = [solver.direction * t for t in times.tolist()]
-        solver.stops = sorted({*solver.stops, *targets[1:]})
-        tableau = solver.tableau.advancing
-        nodes: list[tuple[int, float]] = [(0, 0.0)]
-        states, inputs = [x.detach()], []
-        for j, target in enumerate(targets[1:]):
-            attempts = 0
-            while solver.s < target:
-                solver.count(attempts)
-                attempts += 1
-                if not solver.attempt():
-                    continue
-                offset = solver.direction * (solver.s - targets[j])
-                nodes.append((j + 1, 0.0) if solver.s == target else (j, offset))
-                states.append(solver.y)
-                last = solver.last
-                assert last is not None
-                if self.keeps_graph and not self.checkpoint_every:
-                    step = solver.direction * last.h
-                    rows = enumerate(tableau.a)
-                    inputs.append(
-                        [kernels.rk_combine(last.y0, last.k[:i], step, a) for i, a in rows]
-                    )
-                else:
-                    inputs.append([])
-        index, offsets = zip(*nodes, strict=True)
-        with torch.enable_grad():
-            shift = torch.tensor(offsets, dtype=torch.float64, device=times.device)
-            grid = times[torch.tensor(index, device=times.device)] + shift
-        return grid, (states, inputs), solver
 
     def _report(
         self, plan: DiscretePlan, control: AdaptiveSolver | None, grid: Tensor

@@ -1,0 +1,125 @@
+"""`solve`: one state, one field, the exact gradient of what was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .fixed import stage_times
+from .methods import find_method
+from .solution import Gradient, Solution, SolveRequest, make_grid
+
+
+def solve(
+    field: Callable[..., Tensor],
+    x0: Tensor,
+    t0: float | Tensor = 0.0,
+    t1: float | Tensor = 1.0,
+    *,
+    method: str = "euler",
+    steps: int | Tensor | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    gradient: Gradient = "discrete",
+    save: Literal["final", "all"] = "final",
+    backend: str = "auto",
+    cond: Tensor | None = None,
+    params: Iterable[Tensor] = (),
+    time_table: Tensor | None = None,
+    checkpoint_every: int = 0,
+    options: dict[str, Any] | None = None,
+) -> Solution:
+    """Solve dx/dt = field(t, x[, cond]) from x0 at t0 to t1, with fixed or adaptive steps.
+
+    Args:
+        field: maps a 0-d tensor t, x [*state] and, if given, cond to [*state]. Usually an
+            nn.Module; its parameters get gradients.
+        x0: initial state of any shape, real or complex; bf16 and fp16 are integrated in float32.
+        t0, t1: initial and final time, numbers or 0-d tensors; t1 < t0 integrates backwards.
+        method: explicit Runge-Kutta methods have all gradients; the other names in
+            `fmft_fast.METHODS` work with gradient="backprop" or "none" ("continuous" too).
+        steps: number of equal steps, or a strictly monotonic grid [N + 1] of times, which replaces
+            t0 and t1. With tolerances a grid gives the times that the steps must meet.
+        rtol, atol: tolerances; giving one makes the steps adaptive (default of the other: 1e-5).
+        gradient: "discrete": the exact gradient of the computed solution, in memory
+            O(steps x state); the field is evaluated once more in the backward pass and dropout
+            masks are repeated. "continuous": the adjoint ODE, approximate. "backprop": an ordinary
+            graph of everything, differentiable twice. "none": no graph.
+        save: "final" state, or "all" states: the ends of the steps (with tolerances and a grid: the
+            states on the grid).
+        backend: kernels of the step ops: "auto", "reference", "cpu", "triton" or "cuda".
+        cond: condition, passed to the field as third argument; gets a gradient.
+        params: further tensors that the field closes over and that get gradients. A field that
+            depends on an unknown tensor that requires grad is refused.
+        time_table: [N, stages, ...], what the field gets as t in every stage of every step, for
+            instance a time embedding computed once (see `stage_time_table`); gets a gradient.
+        checkpoint_every: keep every so many states only and compute the rest again in the backward
+            pass (one more evaluation per stage), for very long solves; 0 keeps all.
+        options: options of the adaptive step control, as in `odeint`.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        UnknownMethodError, InputError, InputTypeError: see the messages.
+        GradientError: the gradient would be incomplete.
+        NonFiniteError: NaN or infinity, with the step (CPU only: a GPU is not read back; look at
+            `Solution.status` there), or an adaptive solve that cannot go on.
+
+    Example:
+        >>> import torch
+        >>> from fmft_fast import solve
+        >>> field = torch.nn.Linear(2, 2)
+        >>> y = solve(lambda t, x: field(x), torch.ones(8, 2), steps=4, params=field.parameters()).y
+        >>> y.square().mean().backward(); field.weight.grad.shape
+        torch.Size([2, 2])
+    """
+    tableau = find_method(method).tableau
+    explicit = tableau is not None and tableau.explicit
+    request = SolveRequest(
+        field=field,
+        x0=x0,
+        t0=t0,
+        t1=t1,
+        method=method,
+        tableau=tableau if explicit else None,
+        steps=steps,
+        rtol=rtol,
+        atol=atol,
+        gradient=gradient,
+        save=save,
+        backend=backend,
+        cond=cond,
+        params=params,
+        table=time_table,
+        checkpoint_every=checkpoint_every,
+        options=options or {},
+    )
+    if gradient == "continuous" or not explicit:
+        return request.by_odeint()
+    return request.by_steps()
+
+
+def stage_time_table(
+    method: str, steps: int | Tensor, t0: float | Tensor = 0.0, t1: float | Tensor = 1.0
+) -> Tensor:
+    """The times [N, stages], float64, at which `solve` evaluates the field with fixed steps.
+
+    Embed them once and pass the result as time_table.
+
+    Raises:
+        UnknownMethodError, InputError: no such explicit Runge-Kutta method; bad times.
+
+    Example:
+        >>> from fmft_fast import stage_time_table
+        >>> stage_time_table("midpoint", 2).tolist()
+        [[0.0, 0.25], [0.5, 0.75]]
+    """
+    tableau = find_method(method).tableau
+    if tableau is None or not tableau.explicit:
+        raise InputError(f"a time table needs an explicit Runge-Kutta method, got {method}")
+    return stage_times(tableau.advancing, make_grid(t0, t1, steps), torch.float64)

@@ -1,0 +1,72 @@
+"""Memory of the discrete adjoint: O(steps x state), not O(steps x activations)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fmft_fast import solve
+
+BATCH, DIM, WIDTH = 256, 2, 1024
+
+
+def peak_bytes(run) -> int:
+    """Largest number of bytes alive at once in `run`, above those alive before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def wide_field() -> nn.Module:
+    net = nn.Sequential(nn.Linear(DIM, WIDTH), nn.Tanh(), nn.Linear(WIDTH, DIM))
+
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    return Field()
+
+
+def training_step(steps: int, **kwargs) -> int:
+    field, x0 = wide_field(), torch.randn(BATCH, DIM)
+
+    def run() -> None:
+        solve(field, x0, steps=steps, **kwargs).y.square().mean().backward()
+
+    run()  # gradient buffers exist from here on
+    return peak_bytes(run)
+
+
+ACTIVATION = BATCH * WIDTH * 4
+STATE = BATCH * DIM * 4
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_peak_grows_with_the_state_only(method: str) -> None:
+    stages = {"euler": 1, "rk4": 4}[method]
+    short, long = (training_step(n, method=method) for n in (8, 64))
+    assert long - short <= 2 * (64 - 8) * stages * STATE + STATE
+    assert long < 8 * ACTIVATION
+
+
+def test_backpropagation_grows_with_the_activations() -> None:
+    short, long = (training_step(n, gradient="backprop") for n in (8, 64))
+    assert long - short > 0.9 * (64 - 8) * ACTIVATION
+
+
+def test_checkpoints_keep_a_fraction_of_the_states() -> None:
+    all_kept = training_step(100, method="rk4")
+    few_kept = training_step(100, method="rk4", checkpoint_every=10)
+    assert few_kept < all_kept - 0.7 * 100 * 4 * STATE
