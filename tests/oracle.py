@@ -102,13 +102,13 @@ class Recorder(nn.Module):
 
     def _note(self, name: str) -> Callable:
         def callback(t: Tensor, y: Any, dt: Tensor) -> None:
-            self.events.append((name, float(t), float(dt)))
+            self.events.append((name, float(t.detach()), float(dt.detach())))
 
         return callback
 
     def forward(self, t: Tensor, y: Any) -> Any:
         assert t.ndim == 0
-        self.times.append(float(t))
+        self.times.append(t.detach().item())
         return self.base(t, y)
 
 

@@ -178,7 +178,7 @@ class NeuralField(nn.Module):
         return len(self.times)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        self.times.append(float(t))
+        self.times.append(t.detach().item())
         time_column = torch.sin(3 * t).expand(*y.shape[:-1], 1)
         return torch.tanh(torch.cat((y, time_column), dim=-1) @ self.inner) @ self.outer
 

@@ -131,7 +131,8 @@ class _NumpyField:
         """The error that says where the solver stopped and whether the field was finite."""
         where = (
             f"SciPy's {self.solver} could not integrate from t = {self.start:g} to "
-            f"t = {self.end:g}; it last evaluated the field at t = {self.last_time:g}: {message.rstrip('.')}."
+            f"t = {self.end:g}; it last evaluated the field at t = {self.last_time:g}: "
+            f"{message.rstrip('.')}."
         )
         if self.first_bad_time is not None:
             return NonFiniteError(
