@@ -244,7 +244,9 @@ class _Backward:
         self.sums: list[Tensor | None] = [None] * len(self.leaves)
         self.grid_device = ctx.grid_device
         self.time_wanted = self.table_grad or (self.grid_grad and self.plan.own_times)
-        self.time_bars = torch.zeros_like(torch.stack([torch.stack(row) for row in self.times]))
+        self.time_bars: list[list[Tensor]] = []
+        if self.time_wanted:
+            self.time_bars = [[torch.zeros_like(t) for t in row] for row in self.times]
         self.h_bars: list[Tensor] = []
 
     def run(self, grad: Tensor) -> tuple:
@@ -265,7 +267,7 @@ class _Backward:
             None,
             lam if self.x0_grad else None,
             self.grid_gradient() if self.grid_grad else None,
-            self.time_bars if self.table_grad else None,
+            self.stacked_time_bars() if self.table_grad else None,
             cond if cond is None or self.cond is None else cond.to(self.cond.dtype),
             *cast,
         )
@@ -275,7 +277,7 @@ class _Backward:
         tableau, h, combine = self.plan.tableau, self.plan.h[n], self.plan.kernels.rk_combine
         inputs = self.stage_inputs(n)
         bars: list[Tensor] = []  # ybar of the stages after i, the last stage first
-        h_bar = lam.new_zeros((), dtype=torch.float64)
+        h_bar: Tensor | float = 0.0
         for i in range(tableau.stages - 1, -1, -1):
             weights = tuple(tableau.a[j][i] for j in range(tableau.stages - 1, i, -1))
             k_bar = (
@@ -288,7 +290,8 @@ class _Backward:
             bars.append(y_bar)
             if self.grid_grad:
                 h_bar = h_bar + (k_bar.conj() * k).real.sum(dtype=torch.float64) / h
-        self.h_bars.append(h_bar)
+        if isinstance(h_bar, Tensor):
+            self.h_bars.append(h_bar)
         self.inputs[n] = []
         return combine(lam, bars, 1.0, (1.0,) * len(bars))
 
@@ -323,7 +326,7 @@ class _Backward:
         if k.requires_grad and inputs:
             grads = list(torch.autograd.grad(k, inputs, k_bar.to(k.dtype), allow_unused=True))
         if time_wanted and (time_bar := grads.pop()) is not None:
-            self.time_bars[n, i] = time_bar
+            self.time_bars[n][i] = time_bar
         y_bar = grads.pop() if y_wanted else None
         self.add(grads)
         return torch.zeros_like(k_bar) if y_bar is None else y_bar, k.detach()
@@ -347,12 +350,16 @@ class _Backward:
             # A copy: autograd may hand out one tensor for several inputs.
             self.sums[j] = grad.float() if half else grad.clone()
 
+    def stacked_time_bars(self) -> Tensor:
+        """dL/dtable [N, s, ...]."""
+        return torch.stack([torch.stack(row) for row in self.time_bars])
+
     def grid_gradient(self) -> Tensor:
         """dL/dgrid [N + 1] from t_i = t_n + c_i h, h = t_{n+1} - t_n."""
         h_bars = torch.stack(self.h_bars[::-1])
         t_bars = torch.zeros_like(h_bars)
         if self.plan.own_times:
-            bars = self.time_bars.to(torch.float64)
+            bars = self.stacked_time_bars().to(torch.float64)
             c = torch.tensor(self.plan.tableau.c, dtype=torch.float64, device=bars.device)
             h_bars = h_bars + bars @ c
             t_bars = bars.sum(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError, NonFiniteWarning
 from ..ops.backend import StepKernels
+from ..ops.contract import is_traced
 from .events import bisect_event
 from .inputs import FixedOptions, NormalisedField, Problem, shift_time
 from .tableau import Tableau
@@ -186,7 +187,7 @@ def integrate_fixed(
             else:
                 solution[j] = y + (problem.t[j] - t0) / (t1 - t0) * (y1 - y)
         y = y1
-    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+    if y.device.type == "cpu" and not is_traced():
         if not bool(torch.isfinite(y).all()):
             _warn_non_finite(problem, make_stepper(), grid)
     return torch.stack(solution), grid

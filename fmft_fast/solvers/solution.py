@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GradientError, InputError, InputTypeError, NonFiniteError
 from ..ops.backend import choose_kernels
+from ..ops.contract import is_traced
 from .accepted_steps import find_accepted_steps
 from .adaptive import AdaptiveSolver
 from .continuous_adjoint import find_parameters, odeint_adjoint
@@ -212,7 +213,7 @@ class SolveRequest:
             t = self.steps.detach().to(torch.float64)
             y = y[torch.isin(grid.detach(), t)]
         if not torch.compiler.is_compiling():
-            if y.device.type == "cpu":
+            if y.device.type == "cpu" and not is_traced():
                 _check_finite(plan, x, table, self.cond, y, grid)
             return Solution(y.to(dtype), t, self._report(plan, control, grid))
         return Solution(y.to(dtype), t, SolveStats(self.method, 0, len(plan.h)))

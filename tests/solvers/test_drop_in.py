@@ -152,6 +152,19 @@ def test_fixed_grids_compile_without_a_graph_break(method: str, requires_grad: b
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_function_transforms_of_a_fixed_grid() -> None:
+    matrix = torch.randn(3, 3, dtype=torch.float64)
+
+    def end(y0: Tensor) -> Tensor:
+        return odeint(lambda t, y: torch.tanh(y @ matrix), y0, UNIT, method="rk4")[-1]
+
+    y0 = torch.randn(5, 3, dtype=torch.float64)
+    assert torch.allclose(torch.func.vmap(end)(y0), end(y0), rtol=1e-14)
+    jacobian = torch.autograd.functional.jacobian(end, y0[0])
+    assert torch.allclose(torch.func.jacrev(end)(y0[0]), jacobian, rtol=1e-12)
+    assert torch.allclose(torch.func.jacfwd(end)(y0[0]), jacobian, rtol=1e-12)
+
+
 # Low precision, dense output, events
 
 
