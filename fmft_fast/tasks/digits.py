@@ -40,13 +40,14 @@ class Digits:
     summary = "scikit-learn's 8x8 handwritten digits, 64-D"
     pretrain = {"steps": 6000, "batch_size": 128, "lr": 2e-3, "ema_decay": 0.995}
     finetune = {
-        "steps": 1500,
+        "steps": 800,
         "batch_size": 128,
-        "lr": 1e-3,
+        "lr": 5e-4,
         "ema_decay": 0.995,
         "coupling": "inversion",
         "coupling_options": {"steps": 30},
         "solver_steps": (1, 2, 5, 10),
+        "fm_weight": 0.1,
     }
 
     def make_data(self, seed: int) -> TaskData:
@@ -185,7 +186,7 @@ def _classifier() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     from sklearn.neural_network import MLPClassifier
 
     images, labels = _load()
-    model = MLPClassifier((64,), alpha=1.0, max_iter=300, random_state=0)
+    model = MLPClassifier((64,), solver="lbfgs", alpha=1.0, max_iter=1000, random_state=0)
     model.fit(images[:-HELDOUT].numpy(), labels[:-HELDOUT].numpy())
     (w1, w2), (b1, b2) = (
         [torch.as_tensor(a, dtype=torch.float32) for a in part]

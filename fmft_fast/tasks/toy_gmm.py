@@ -18,7 +18,8 @@ from fmft_fast.tasks.base import STEPS, Records, Results, TaskData, register
 
 RADIUS, SIGMA, MODES = 2.0, 0.1, 5
 TRAIN_ROWS = 100_000
-ROWS, ENERGY_ROWS, PAIRS, PROJECTIONS = 20_000, 10_000, 4096, 128
+ROWS, ENERGY_ROWS, PROJECTIONS = 20_000, 10_000, 128
+PAIRS, TRANSPORT_STEPS = 4096, 1000
 MAP_EXTENT, MAP_POINTS = 3.0, 301
 TITLES = {
     "off_mode_share": "off-mode share",
@@ -37,14 +38,14 @@ class ToyGMM:
 
     name = "toy-gmm"
     summary = "5 Gaussians in 2-D; a sample beyond 3 sigma of every centre is off the modes"
-    pretrain = {"steps": 3000, "batch_size": 256, "lr": 1e-3, "ema_decay": 0.995}
+    pretrain = {"steps": 3000, "batch_size": 256, "lr": 2e-3, "ema_decay": 0.995}
     finetune = {
-        "steps": 3000,
+        "steps": 4000,
         "batch_size": 256,
-        "lr": 2e-3,
-        "ema_decay": 0.995,
+        "lr": 4e-3,
+        "ema_decay": 0.99,
         "coupling": "ot-semidiscrete",
-        "solver_steps": (1, 2, 5, 10),
+        "solver_steps": (1, 2, 5, 10, 10),
         "select": "last",
     }
 
@@ -184,6 +185,6 @@ def _floor(seed: int, repeats: int = 4) -> tuple[tuple[str, float], ...]:
 
 def _transport(x1: Tensor, seed: int) -> Pairs:
     """Send the noise of `seed`, the same for all data, to x1 by semi-discrete transport."""
-    coupling = make_coupling("ot-semidiscrete", fit_steps=1000)
+    coupling = make_coupling("ot-semidiscrete", fit_steps=TRANSPORT_STEPS)
     coupling.fit(x1, generator=torch.Generator().manual_seed(_stream(seed, 4)))
     return coupling.sample(PAIRS, generator=torch.Generator().manual_seed(_stream(seed, 5)))

@@ -1,0 +1,82 @@
+"""Figures: written as PNG with the size asked for, true to their data, clear without matplotlib."""
+
+from __future__ import annotations
+
+import struct
+import sys
+
+import pytest
+import torch
+
+from fmft_fast.analysis import plots
+from fmft_fast.errors import InputError, MissingDependencyError
+
+RESULTS = {
+    name: {n: {"off": scale / n, "gap": scale * 1e-3 / n - 5e-4} for n in (1, 2, 10)}
+    for name, scale in (("before", 0.5), ("after", 0.3))
+}
+
+
+def png_size(file) -> tuple[int, int]:
+    head = file.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def draw_all(out) -> list:
+    states = torch.randn(3, 20, 2)
+    grid = torch.rand(31, 31) * 6
+    halves = (torch.arange(31) > 15).long().expand(31, 31)
+    return [
+        plots.trajectories(
+            {"before": {2: states}, "after": {2: states}}, torch.zeros(1, 2), 1.0, out / "a.png"
+        ),
+        plots.error_map(
+            {"before": {2: grid, 10: grid}}, {"before": {2: halves, 10: halves}}, 3.0, out / "b.png"
+        ),
+        plots.quality(
+            RESULTS, {"off": 0.01, "gap": 1e-4}, out / "c.png", titles={"off": "Off", "gap": "Gap"}
+        ),
+        plots.training_curves(
+            {
+                "run": [
+                    {"kind": "train", "step": 1, "loss": 2.0},
+                    {"kind": "train", "step": 2, "loss": None},
+                    {"kind": "eval", "step": 2, "heldout": 1.0},
+                ]
+            },
+            out / "d.png",
+        ),
+        plots.image_grid({"x": torch.rand(5, 8, 8), "y": torch.rand(3, 8, 8)}, out / "e.png"),
+    ]
+
+
+def test_every_figure_is_a_png_in_a_folder_that_is_made(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    files = draw_all(tmp_path / "deep" / "down")
+    assert [f.name for f in files] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    for file in files:
+        width, height = png_size(file)
+        assert width > 300 and height > 100
+
+
+def test_figures_do_not_touch_the_global_state_of_pyplot(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    before = "matplotlib.pyplot" in sys.modules
+    draw_all(tmp_path)
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_share_of_noise_is_weighted_by_the_normal_density():
+    line = torch.linspace(-4, 4, 401)
+    inside = (line[:, None].square() + line.square()).sqrt() < 1
+    assert plots._gaussian_share(inside, 4.0) == pytest.approx(0.3935, abs=0.005)
+
+
+def test_other_formats_and_missing_matplotlib_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    with pytest.raises(InputError, match="a.jpg"):
+        plots.image_grid({"x": torch.rand(1, 8, 8)}, tmp_path / "a.jpg")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingDependencyError, match=r"fmft-fast\[train\]"):
+        plots.image_grid({"x": torch.rand(1, 8, 8)}, tmp_path / "a.png")
