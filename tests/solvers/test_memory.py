@@ -6,23 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import peak_bytes
 from fmft_fast import solve
 
 BATCH, DIM, WIDTH = 256, 2, 1024
-
-
-def peak_bytes(run) -> int:
-    """Largest number of bytes alive at once in `run`, above those alive before it."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    alive = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
 
 
 def wide_field() -> nn.Module:
