@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -240,8 +241,6 @@ def _show(bar: tqdm, jobs: Sequence[_Job]) -> None:
 
 def _sum_up(task: Task, place: Place, jobs: Sequence[_Job], started: float) -> dict[str, Any]:
     """Write results.json and results.md: medians over seeds against the targets."""
-    import json
-
     parts = [json.loads(job.results.read_text(encoding="utf-8")) for job in jobs]
     medians = {
         name: median_results([read_results(part["results"][name]) for part in parts])
@@ -281,19 +280,19 @@ def _sum_up(task: Task, place: Place, jobs: Sequence[_Job], started: float) -> d
 def _plain_words(content: Mapping[str, Any], first: _Job) -> str:
     """Say what improved, what did not, and where everything lies."""
     reached = sum(target["reached"] for target in content["targets"])
-    lines = [f"{reached} of {len(content['targets'])} targets reached."]
-    medians = content["medians"]
-    fewest, most = min(first.steps), max(first.steps)
-    for measure, old in medians["before"][fewest].items():
-        new, best = medians["after"][fewest][measure], medians["before"][most][measure]
-        word = "fell" if new < old else "rose"
+    lines = [f"{reached} of {len(content['targets'])} targets reached, {content['seconds']:.0f} s."]
+    medians, steps = content["medians"], first.steps
+    few, most = 2 if 2 in steps else min(steps), max(steps)
+    lines.append(f"With {few} Euler steps (in brackets: pre-trained, with {most} steps):")
+    for measure, old in medians["before"][few].items():
+        new, best = medians["after"][few][measure], medians["before"][most][measure]
         lines.append(
-            f"- {measure.replace('_', ' ')} with {fewest} step(s) {word} from {number(old)} to "
-            f"{number(new)} (pre-trained with {most} steps: {number(best)})"
+            f"- {measure.replace('_', ' ')} {'fell' if new < old else 'rose'} from {number(old)} "
+            f"to {number(new)} ({number(best)})"
         )
     out = first.folder.parent
-    lines.append(f"numbers: {out / 'results.json'}, {out / 'results.md'}")
+    lines.append(f"Numbers: {out / 'results.json'}, {out / 'results.md'}")
     figures = first.folder / "finetune" / "figures"
     if figures.exists():
-        lines.append(f"pictures: {figures}/ ({', '.join(p.name for p in figures.glob('*.png'))})")
+        lines.append(f"Pictures: {figures}/ ({', '.join(p.name for p in figures.glob('*.png'))})")
     return "\n".join(lines)

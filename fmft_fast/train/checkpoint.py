@@ -163,7 +163,9 @@ def check_field(model: nn.Module, checkpoint: Checkpoint, path: str | Path) -> N
 def resolve(path: str | Path) -> Path:
     """Find the checkpoint that `path` means: itself, or a run's `final` or `last` one."""
     path = Path(path)
-    candidates = [path, *(path / "checkpoints" / name for name in ("final", "last"))]
+    links = (path / "checkpoints" / name for name in ("final", "last"))
+    # A kill between the two renames of a swap leaves the old checkpoint standing aside.
+    candidates = [path, *links, _aside(path)]
     for candidate in candidates:
         if any((candidate / name).exists() for name in (*FILES, SUMS)):
             return candidate
@@ -273,13 +275,22 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
 
 def _swap_in(draft: Path, folder: Path) -> None:
     """Rename `draft` to `folder`; a folder in its place stands aside until that is done."""
-    aside = folder.with_name(f".aside-{folder.name}")
+    aside = _aside(folder)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
-    os.replace(draft, folder)
+    try:
+        os.replace(draft, folder)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, folder)
+        raise
     _sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".aside-{folder.name}")
 
 
 def _sync(folder: Path) -> None:
