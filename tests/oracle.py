@@ -206,7 +206,7 @@ def relative_difference(left: Any, right: Any) -> float:
     for a, b in zip(leaves(left), leaves(right), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         scale = max(float(b.detach().abs().max()), 1e-300)
-        worst = max(worst, float((a - b).abs().max()) / scale)
+        worst = max(worst, float((a - b).detach().abs().max()) / scale)
     return worst
 
 

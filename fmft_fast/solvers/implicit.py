@@ -8,7 +8,7 @@ is only ever evaluated, never differentiated.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -73,6 +73,16 @@ def broyden(
     return x, False
 
 
+class _System:
+    """Stages that are solved together, the earlier stages that they see, and both blocks of a."""
+
+    def __init__(self, stages: list[int], known: list[int], a: Tensor, device: torch.device):
+        self.stages = stages
+        self.known = known
+        self.weights = a[stages][:, stages].to(device)
+        self.known_weights = a[stages][:, known].to(device)
+
+
 class BroydenStepper:
     """Steps of a fully or diagonally implicit Runge-Kutta method.
 
@@ -105,10 +115,13 @@ class BroydenStepper:
         self.time_dtype = y0.dtype.to_real()
         self.tol = 1e-6 if self.time_dtype == torch.float32 else 1e-8
         self.c = tableau.c
-        self.a = torch.tensor(tableau.a, dtype=torch.float64).to(y0.device, y0.dtype)
-        self.b = torch.tensor(tableau.b, dtype=torch.float64).to(y0.device, y0.dtype)
-        implicit = [i for i, row in enumerate(tableau.a) if tableau.c[i] != 0 or any(row)]
-        self.systems = [[i] for i in implicit] if diagonal else [implicit]
+        a, b = (torch.tensor(x, dtype=torch.float64).to(y0.dtype) for x in (tableau.a, tableau.b))
+        self.b = b.to(y0.device)
+        implicit = [i for i in range(tableau.stages) if tableau.c[i] != 0 or any(tableau.a[i])]
+        self.systems = [
+            _System(stages, [j for j in range(stages[0]) if a[stages, j].any()], a, y0.device)
+            for stages in ([[i] for i in implicit] if diagonal else [implicit])
+        ]
 
     def step(self, t0: Tensor, t1: Tensor, h: Tensor | float, y: Tensor) -> tuple[Tensor, Tensor]:
         """Advance from t0 to t1 = t0 + h.
@@ -127,20 +140,19 @@ class BroydenStepper:
         t0, t1 = t0.to(self.time_dtype), t1.to(self.time_dtype)
         h = torch.as_tensor(h, dtype=self.time_dtype, device=y.device)
         k = [f0] * len(self.c)
-        for stages in self.systems:
-            self._solve_stages(stages, k, t0, t1, h, y)
+        for system in self.systems:
+            self._solve(system, k, t0, t1, h, y)
         return y + torch.tensordot(h * self.b, torch.stack(k), dims=1), f0
 
-    def _solve_stages(
-        self, stages: Sequence[int], k: list[Tensor], t0: Tensor, t1: Tensor, h: Tensor, y: Tensor
+    def _solve(
+        self, system: _System, k: list[Tensor], t0: Tensor, t1: Tensor, h: Tensor, y: Tensor
     ) -> None:
-        """Replace the slopes of these stages in `k` by the solution of their system."""
-        known = [j for j in range(len(k)) if j not in stages and self.a[stages, j].any()]
+        """Replace the slopes of the system's stages in `k` by its solution."""
         base = y
-        if known:
-            known_slopes = torch.stack([k[j] for j in known])
-            base = y + torch.tensordot(h * self.a[stages][:, known], known_slopes, dims=1)
-        weights = h * self.a[stages][:, stages]
+        if system.known:
+            known_slopes = torch.stack([k[j] for j in system.known])
+            base = y + torch.tensordot(h * system.known_weights, known_slopes, dims=1)
+        weights, stages = h * system.weights, system.stages
 
         def residual(slopes: Tensor) -> Tensor:  # [len(stages), *state]
             y_stages = base + torch.tensordot(weights, slopes, dims=1)
@@ -152,7 +164,7 @@ class BroydenStepper:
         guess = torch.stack([k[i] for i in stages])
         solution, converged = broyden(residual, guess, tol=self.tol, max_iters=self.max_iters)
         if not converged:
-            warnings.warn(NOT_CONVERGED, stacklevel=4)
+            warnings.warn(NOT_CONVERGED, stacklevel=6)  # the caller of odeint
         for i, slope in zip(stages, solution, strict=True):
             k[i] = slope
 

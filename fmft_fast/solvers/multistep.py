@@ -91,7 +91,7 @@ class AdamsStepper:
             raise InputError(f"max_order must be at most {MAX_ORDER}, got {max_order}.")
         if max_order < MIN_ORDER:
             warnings.warn(
-                f"max_order is below {MIN_ORDER}, so the solver reduces to `rk4`.", stacklevel=3
+                f"max_order is below {MIN_ORDER}, so the solver reduces to `rk4`.", stacklevel=7
             )
         real_dtype = y0.dtype.to_real()
         self.func = func
@@ -134,7 +134,7 @@ class AdamsStepper:
             increment = h * weight_new * f1 + from_history
             if self._converged(previous, increment):
                 return increment
-        warnings.warn(NOT_CONVERGED, stacklevel=4)
+        warnings.warn(NOT_CONVERGED, stacklevel=6)  # the caller of odeint
         self.slopes.pop()
         return increment
 
