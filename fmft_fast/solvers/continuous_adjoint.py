@@ -162,8 +162,8 @@ def odeint_adjoint(
         func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
     )
     adjoint = {
-        "rtol": rtol if adjoint_rtol is None else adjoint_rtol,
-        "atol": atol if adjoint_atol is None else adjoint_atol,
+        "rtol": _adjoint_tolerance(adjoint_rtol, rtol, problem.rtol, problem, len(params)),
+        "atol": _adjoint_tolerance(adjoint_atol, atol, problem.atol, problem, len(params)),
         "method": method if adjoint_method is None else adjoint_method,
         "options": {
             **adjoint_options,
@@ -199,6 +199,16 @@ def find_parameters(module: nn.Module) -> list[Tensor]:
         return [(k, v) for k, v in part.__dict__.items() if torch.is_tensor(v) and v.requires_grad]
 
     return [p for _, p in module._named_members(get_members_fn=tensors)]
+
+
+def _adjoint_tolerance(
+    given: Any, forward: Any, tol: float | Tensor, problem: Problem, params: int
+) -> Any:
+    """The tolerance of the backward solve; one per entry of the state serves y and adj_y alike."""
+    if given is not None or not isinstance(tol, Tensor):
+        return forward if given is None else given
+    entries, smallest = tol.expand_as(problem.y0).reshape(-1), tol.min()
+    return (smallest, entries, entries, *[smallest] * params)
 
 
 def _adjoint_norm(problem: Problem, given: Norm | str | None) -> Norm:

@@ -240,10 +240,12 @@ def integrate_fixed_until_event(
     h = h * problem.field.direction
     t0, y0 = problem.t[0], problem.y0
     sign = torch.sign(event_fn(t0, y0))
+    if bool(sign == 0):  # sync: whether to stop is host control flow
+        return t0, torch.stack([y0, y0])
     for _ in range(MAX_EVENT_STEPS):
         t1 = t0 + h
         y1, f0 = stepper.step(t0, t1, h, y0)
-        if bool(torch.sign(event_fn(t1, y1)) != sign):  # sync: whether to stop is host control flow
+        if bool(torch.sign(event_fn(t1, y1)) != sign):  # sync: likewise
             break
         t0, y0 = t1, y1
     else:

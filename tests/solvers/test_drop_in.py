@@ -236,3 +236,23 @@ def test_gradient_of_an_event(interface, method: str) -> None:
         got = torch.autograd.grad(ours, wanted, retain_graph=True)
         want = torch.autograd.grad(exact, wanted, retain_graph=True)
         assert [g.item() for g in got] == pytest.approx([w.item() for w in want], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_an_event_at_the_start_ends_the_solve_there(method: str) -> None:
+    y0 = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    event_t, y = odeint(decay, y0, UNIT, method=method, event_fn=lambda t, y: y[0],
+                        options={"step_size": 0.1} if method == "rk4" else None)  # fmt: skip
+    assert event_t.item() == 0.0 and torch.equal(y[1], y0)
+
+
+def test_tolerances_per_part_reach_the_adjoint() -> None:
+    parts = tuple(torch.ones(n, dtype=torch.float64, requires_grad=True) for n in (2, 3))
+    rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    y = odeint_adjoint(lambda t, y: (-rate * y[0], y[1] * t), parts, UNIT,
+                       rtol=(1e-7, 1e-8), atol=(1e-8, 1e-9), adjoint_params=(rate,))  # fmt: skip
+    grads = torch.autograd.grad(y[0][-1].sum() + y[1][-1].sum(), (*parts, rate))
+    exact = torch.exp(-rate.detach())
+    assert torch.allclose(grads[0], exact, rtol=1e-6)
+    assert torch.allclose(grads[1], torch.tensor(0.5).double().exp(), rtol=1e-6)
+    assert torch.allclose(grads[2], -2 * exact, rtol=1e-6)
