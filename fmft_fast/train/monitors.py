@@ -64,17 +64,17 @@ class OverfittingSpike(Monitor):
     """The training loss has levelled off, and then it or the held-out error jumps.
 
     Args:
-        rise: growth of the held-out error over its best value, or of the loss over its plateau,
-            that counts as a spike.
+        rise: growth of the held-out error over its best value that counts as a spike.
+        jump: growth of the training loss over its plateau that counts as one.
         flat: relative change of the training loss between two evaluations that counts as level.
     """
 
     name = "over-fitting spike"
     remedy = "stop here and keep the best model: train fewer steps, or add weight_decay or patience"
 
-    def __init__(self, *, rise: float = 1.3, flat: float = 0.1) -> None:
+    def __init__(self, *, rise: float = 1.2, jump: float = 2.0, flat: float = 0.1) -> None:
         super().__init__()
-        self.rise, self.flat = rise, flat
+        self.rise, self.jump, self.flat = rise, jump, flat
         self._best = float("inf")
         self._best_loss = float("inf")
         self._last_loss: float | None = None
@@ -85,7 +85,7 @@ class OverfittingSpike(Monitor):
         loss, heldout = metrics.get("loss"), metrics.get("heldout")
         seen = None
         if loss is not None:
-            if self._plateau is not None and loss > self.rise * self._plateau:
+            if self._plateau is not None and loss > self.jump * self._plateau:
                 seen = f"the training loss levelled off at {self._plateau:.4g}, now {loss:.4g}"
             elif self._last_loss is not None:
                 level = abs(loss - self._last_loss) <= self.flat * self._last_loss

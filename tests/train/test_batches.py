@@ -28,9 +28,7 @@ def sources():
         "paired loader": lambda: LoaderPairs(
             loader(shuffle=True), make_coupling("independent"), dtype=torch.float64, seed=3
         ),
-        "coupling": lambda: PairBatches(
-            fitted, batch_size=8, device=torch.device("cpu"), seed=3
-        ),
+        "coupling": lambda: PairBatches(fitted, batch_size=8, device=torch.device("cpu"), seed=3),
     }
 
 
