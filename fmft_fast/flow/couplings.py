@@ -238,6 +238,8 @@ class OTSemidiscrete(Coupling):
         self._count = torch.bincount(cell, minlength=len(rows))
         self._start = self._count.cumsum(0) - self._count
         self._members = cell.argsort()
+        # An anchor so near another one that rounding left it without data must win no noise.
+        self._v = self._v.masked_fill(self._count == 0, -math.inf)
         self._v = self._ascend(generator)
         return self
 
