@@ -113,12 +113,16 @@ def _cpu_status() -> BackendStatus:
 
 def _triton_status() -> BackendStatus:
     try:
-        triton = importlib.import_module("triton")
+        importlib.import_module("fmft_fast.kernels.step")
     except ImportError as error:
         return BackendStatus(
-            "triton", False, f"triton does not import ({error})", "pip install triton"
+            "triton",
+            False,
+            f"the Triton kernels do not import ({error})",
+            "pip install triton, and in a checkout pip install -e .",
         )
-    return BackendStatus("triton", True, f"triton {triton.__version__}")
+    version = importlib.import_module("triton").__version__
+    return BackendStatus("triton", True, f"triton {version}")
 
 
 def _cuda_status() -> BackendStatus:

@@ -1,0 +1,1 @@
+"""The Triton kernels, imported as `fmft_fast.kernels`."""
