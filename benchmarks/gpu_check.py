@@ -34,7 +34,7 @@ CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,driver_v
 
 def main() -> int:
     """Run the whole check; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Build, test and time on a GPU.")
     parser.add_argument("--require-gpu", action="store_true", help="fail where there is no GPU")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where to write the JSON")
     parser.add_argument("--only-times", action="store_true", help=argparse.SUPPRESS)
