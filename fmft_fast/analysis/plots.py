@@ -255,7 +255,8 @@ def _set_value_scale(axis, values: Sequence[float], floor: float | None) -> None
     elif smallest > 0 and largest / smallest > 5:
         axis.set_yscale("log")
     else:
-        axis.set_ylim(0 if smallest >= 0 else None, None)
+        top = 1.08 * max(largest, floor or 0)
+        axis.set_ylim((0, top) if smallest >= 0 else None)
 
 
 def _legend_below(figure, axis, *, columns: int) -> None:

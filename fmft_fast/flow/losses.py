@@ -55,17 +55,20 @@ def flow_matching_loss(
     return (velocity - point.u_t).square().mean()
 
 
-def reconstruction_loss(phi: Tensor, x1: Tensor, *, sigma: float | Tensor = 1.0) -> Tensor:
+def reconstruction_loss(phi: Tensor, x1: Tensor, *, sigma: float | Tensor | None = 1.0) -> Tensor:
     """Give -log N(x1 | phi, sigma^2) per dimension, averaged, without its constant log(2 pi) / 2.
 
     This is the fine-tuning loss when phi is the solve's end point; at sigma = 1 it is half the
     mean squared error. Keeping log(sigma) lets a trainable sigma find its optimum, the error's rms.
+    With sigma = None that optimum is taken for each batch, and the loss is this rms itself: the
+    exponential of the best likelihood. Solves of few and of many steps, whose errors differ by
+    much, then weigh alike.
 
     Args:
         phi: end points of the solve, [batch, *state].
         x1: data, [batch, *state].
         sigma: standard deviation, > 0: a scalar, or a tensor that broadcasts to [*state]
-            (a diagonal covariance; keep it positive by training its logarithm).
+            (a diagonal covariance; keep it positive by training its logarithm), or None.
 
     Returns:
         A 0-d tensor.
@@ -84,6 +87,9 @@ def reconstruction_loss(phi: Tensor, x1: Tensor, *, sigma: float | Tensor = 1.0)
         raise InputError(
             f"end points and data must share one shape, got {list(phi.shape)} and {list(x1.shape)}"
         )
+    if sigma is None:
+        # The root's slope is infinite at 0; the smallest normal number keeps it finite.
+        return (phi - x1).square().mean().clamp_min(torch.finfo(x1.dtype).tiny).sqrt()
     if not isinstance(sigma, Tensor) and not sigma > 0:
         raise InputError(f"sigma must be positive, got {sigma}")
     width = torch.as_tensor(sigma, dtype=x1.dtype, device=x1.device)

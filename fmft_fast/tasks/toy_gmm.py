@@ -45,7 +45,8 @@ class ToyGMM:
         "lr": 4e-3,
         "ema_decay": 0.99,
         "coupling": "ot-semidiscrete",
-        "solver_steps": (1, 2, 5, 10, 10),
+        "solver_steps": (1, 2, 5, 10),
+        "posterior": "fitted",
         "select": "last",
     }
 

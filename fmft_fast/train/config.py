@@ -123,6 +123,9 @@ class FinetuneConfig(FitConfig):
     )
     coupling: str = key("ot-fixed", "how noise and data are paired")
     coupling_options: dict = key({}, "options of the coupling")
+    posterior: str = key(
+        "unit", "sigma of the Gaussian posterior: 1, or fitted", choices=("unit", "fitted")
+    )
     fm_weight: float = key(0.0, "weight of the flow-matching loss mixed in", low=0)
     sigma: float = key(0.0, "standard deviation of the path in the mixed-in loss", low=0)
     holdout: float = key(0.1, "share of the data never trained on", low=0, high=0.9)

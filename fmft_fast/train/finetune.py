@@ -314,7 +314,8 @@ class MLEFineTuner(_Trainer):
         # The number of steps comes from the CPU's stream: drawing it on a GPU would wait for it.
         steps = choices[int(torch.randint(len(choices), ()))]
         phi = self._solve(model, pairs, steps, gradient=self.config.gradient).y
-        loss = reconstruction_loss(phi, pairs.x1)
+        sigma = None if self.config.posterior == "fitted" else 1.0
+        loss = reconstruction_loss(phi, pairs.x1, sigma=sigma)
         if self.config.fm_weight > 0:
             regression = flow_matching_loss(
                 model, pairs.x0, pairs.x1, cond=pairs.cond, path=self._path, generator=random

@@ -98,6 +98,18 @@ def test_a_trainable_sigma_settles_at_the_rms_error():
     assert log_sigma.grad.abs() < 1e-5
 
 
+def test_a_fitted_sigma_gives_the_exponential_of_the_best_likelihood():
+    phi, x1 = torch.randn(2, 50, 3, dtype=torch.float64)
+    best = min(
+        float(reconstruction_loss(phi, x1, sigma=s)) for s in torch.linspace(0.5, 3, 2001).tolist()
+    )
+    fitted = reconstruction_loss(phi, x1, sigma=None)
+    assert float(fitted.log()) + 0.5 == pytest.approx(best, abs=1e-5)
+    exact = x1.clone().requires_grad_()
+    reconstruction_loss(exact, x1, sigma=None).backward()
+    assert exact.grad.isfinite().all()
+
+
 def test_reconstruction_loss_refuses_what_does_not_fit():
     x = torch.zeros(4, 3)
     for sigma in (torch.ones(2), torch.ones(4, 3)):
