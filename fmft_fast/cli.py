@@ -45,19 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         return known.run(known, _overrides(known, extra))
-    except (FmftError, OSError) as error:
-        code, text = 2, str(error)
-    except KeyboardInterrupt as error:
-        code, text = 130, str(error) or "interrupted"
-    except Exception as error:
-        code = 1
-        text = f"{type(error).__name__}: {error} (a fault of fmft: please report it)"
-        if not known.debug:
-            text += "; run with --debug for the traceback"
-    if known.debug:
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if known.debug:
+            raise
+        code, text = _explain(error)
     print(f"fmft {known.command}: {text}", file=sys.stderr)
     return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Give exit code and message of what ended a command."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, str(error) or "interrupted"
+    if isinstance(error, (FmftError, OSError)):
+        return 2, str(error)
+    name = type(error).__name__
+    return 1, f"{name}: {error} (a fault of fmft: please report it with the output of --debug)"
 
 
 def make_parser() -> argparse.ArgumentParser:

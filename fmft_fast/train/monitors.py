@@ -63,6 +63,9 @@ class Monitor(ABC):
 class OverfittingSpike(Monitor):
     """The training loss has levelled off, and then it or the held-out error jumps.
 
+    The held-out error must stay risen for two evaluations: the first steps of a run at full
+    learning rate may raise it in passing.
+
     Args:
         rise: growth of the held-out error over its best value that counts as a spike.
         jump: growth of the training loss over its plateau that counts as one.
@@ -77,6 +80,7 @@ class OverfittingSpike(Monitor):
         self.rise, self.jump, self.flat = rise, jump, flat
         self._best = float("inf")
         self._best_loss = float("inf")
+        self._risen = 0
         self._last_loss: float | None = None
         self._plateau: float | None = None
 
@@ -94,7 +98,9 @@ class OverfittingSpike(Monitor):
         if heldout is not None and loss is not None:
             # A rise shared by the training loss is divergence, which the plateau rule names.
             learning = loss <= self._best_loss * (1 + self.flat)
-            if heldout > self.rise * self._best and learning:
+            risen = heldout > self.rise * self._best and learning
+            self._risen = self._risen + 1 if risen else 0
+            if self._risen >= 2:
                 seen = (
                     f"the held-out error rose from {self._best:.4g} to {heldout:.4g} while the "
                     f"training loss stays at {loss:.4g}"

@@ -210,7 +210,7 @@ def test_model_without_trainable_parameters_is_refused():
         tiny_run.train(model=model)
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99x"])
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99x"])
 def test_unknown_device_is_refused(name):
     with pytest.raises(ConfigError, match="device: expected auto, cpu"):
         tiny_run.train(config=with_changes(device=name))

@@ -32,7 +32,7 @@ def curves(loss, heldout):
 
 def test_overfitting_is_named_when_heldout_spikes_over_a_level_training_loss():
     rows = curves([1.0, 0.5, 0.3, 0.28, 0.27, 0.27], [1.0, 0.6, 0.5, 0.52, 0.7, 0.9])
-    assert feed(OverfittingSpike(), rows) == [4]
+    assert feed(OverfittingSpike(), rows) == [5]
 
 
 def test_overfitting_is_named_when_the_loss_itself_spikes_after_its_plateau():
@@ -45,8 +45,9 @@ def test_overfitting_is_named_when_the_loss_itself_spikes_after_its_plateau():
     [
         ([1.0, 0.6, 0.4, 0.3, 0.3, 0.29], [1.1, 0.7, 0.5, 0.4, 0.4, 0.41]),
         ([1.0, 0.7, 0.72, 0.69, 0.71, 0.7], [1.1, 0.9, 0.95, 0.88, 0.97, 0.9]),
+        ([1.0, 0.5, 0.4, 0.3, 0.3, 0.3], [1.0, 1.4, 0.9, 0.8, 0.7, 0.7]),
     ],
-    ids=["falling", "noisy"],
+    ids=["falling", "noisy", "first steps"],
 )
 def test_overfitting_monitor_is_silent_on_healthy_curves(loss, heldout):
     assert feed(OverfittingSpike(), curves(loss, heldout)) == []
