@@ -104,15 +104,7 @@ def run(
     """
     started = time.perf_counter()
     jobs = [
-        _Job(
-            task.name,
-            seed,
-            place.out / f"seed-{seed}",
-            pretrain,
-            finetune,
-            tuple(steps),
-            figures=seed == seeds[0],
-        )
+        _Job(task.name, seed, place.out / f"seed-{seed}", pretrain, finetune, tuple(steps))
         for seed in seeds
     ]
     place.out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +123,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One seed's work; it leaves its results in `folder` and goes on from what lies there."""
+    """One seed's work in two stages, each of which goes on from what lies in `folder`."""
 
     task: str
     seed: int
@@ -139,44 +131,42 @@ class _Job:
     pretrain: PretrainConfig
     finetune: FinetuneConfig
     steps: tuple[int, ...]
-    figures: bool
+
+    def results(self, stage: str) -> Path:
+        return self.folder / stage / "results.json"
 
     @property
-    def results(self) -> Path:
-        return self.folder / "finetune" / "results.json"
+    def pretrained(self) -> bool:
+        return self.results("pretrain").exists()
 
-    def work(self) -> None:
-        task = find_task(self.task)
-        first, second = self.folder / "pretrain", self.folder / "finetune"
-        config = dataclasses.replace(self.pretrain, seed=self.seed)
-        if not (first / "results.json").exists():
+    def work(self, stage: str, figures: bool) -> None:
+        task, place = find_task(self.task), Place(self.folder / stage, resume=True, quiet=True)
+        if stage == "pretrain":
             # Measured below, together with the fine-tuned model: the measures cost more than it.
-            commands.pretrain(task, config, Place(first, resume=True, quiet=True), steps=())
-        commands.finetune(
-            task,
-            dataclasses.replace(self.finetune, seed=self.seed),
-            Place(second, resume=True, quiet=True),
-            start=first,
-            steps=self.steps,
-            figures=self.figures,
-        )
+            config = dataclasses.replace(self.pretrain, seed=self.seed)
+            commands.pretrain(task, config, place, steps=())
+        else:
+            config = dataclasses.replace(self.finetune, seed=self.seed)
+            start = self.folder / "pretrain"
+            commands.finetune(task, config, place, start=start, steps=self.steps, figures=figures)
 
     def steps_done(self) -> tuple[int, str]:
-        """Give steps done of both runs, and what the worker is at."""
-        if self.results.exists():
-            return self.pretrain.steps + self.finetune.steps, "done"
-        done, stage = 0, "starting"
-        for name, total in (("pretrain", self.pretrain.steps), ("finetune", self.finetune.steps)):
-            log = self.folder / name / "metrics.jsonl"
+        """Give steps done of both stages, and what is being done."""
+        done, doing = 0, "waiting"
+        for stage, total in (("pretrain", self.pretrain.steps), ("finetune", self.finetune.steps)):
+            if self.results(stage).exists():
+                done, doing = done + total, "done" if stage == "finetune" else "waiting"
+                continue
+            log = self.folder / stage / "metrics.jsonl"
             records = read_metrics(log) if log.exists() else []
             if records:
                 done += min(total, records[-1]["step"])
-                stage = name if records[-1]["step"] < total else "measuring"
-        return done, stage
+                doing = stage if records[-1]["step"] < total else "measuring"
+        return done, doing
 
 
-def _work_apart(job: _Job) -> None:
-    """Run a job in a worker process, on one thread, ended by SIGTERM or by its parent's end."""
+def _work_apart(job: _Job, stage: str, figures: bool) -> None:
+    """Do one stage in a worker process, on one thread, ended by SIGTERM or by its parent's end."""
     # In a group of its own a Ctrl-C reaches the parent only, which passes it on once.
     os.setpgrp()
     parent = multiprocessing.parent_process()
@@ -189,7 +179,7 @@ def _work_apart(job: _Job) -> None:
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)
     try:
-        job.work()
+        job.work(stage, figures)
     except KeyboardInterrupt:
         sys.exit(130)
     except FmftError as error:
@@ -198,28 +188,27 @@ def _work_apart(job: _Job) -> None:
 
 
 def _run_jobs(jobs: Sequence[_Job], workers: int, place: Place) -> None:
-    """Keep up to `workers` processes at work until every job has its results."""
-    waiting = [job for job in jobs if not job.results.exists()]
+    """Keep up to `workers` processes at work until every stage has its results."""
+    waiting = [(job, stage) for stage in ("pretrain", "finetune") for job in jobs]
+    waiting = [(job, stage) for job, stage in waiting if not job.results(stage).exists()]
     running: dict[BaseProcess, _Job] = {}
     context = multiprocessing.get_context("spawn")
     total = sum(job.pretrain.steps + job.finetune.steps for job in jobs)
     with tqdm(total=total, desc="demo", disable=place.quiet, unit="step") as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < max(1, workers):
-                    job = waiting.pop(0)
-                    process = context.Process(target=_work_apart, args=(job,))
+                # Fine-tuning waits for its seed's pre-training, whoever has a worker free.
+                ready = [(j, s) for j, s in waiting if s == "pretrain" or j.pretrained]
+                for job, stage in ready[: max(1, workers) - len(running)]:
+                    waiting.remove((job, stage))
+                    arguments = (job, stage, job is jobs[0])
+                    process = context.Process(target=_work_apart, args=arguments)
                     process.start()
                     running[process] = job
                 wait([process.sentinel for process in running], timeout=1.0)
                 _show(bar, jobs)
                 for process in [p for p in running if p.exitcode is not None]:
-                    job = running.pop(process)
-                    if process.exitcode != 0:
-                        raise FmftError(
-                            f"seed {job.seed} failed (exit code {process.exitcode}), see above; "
-                            f"what is finished lies in {place.out}; go on with --resume"
-                        )
+                    _check_ended(process, running.pop(process), place)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped; go on with: fmft demo --resume --out {place.out}"
@@ -231,17 +220,25 @@ def _run_jobs(jobs: Sequence[_Job], workers: int, place: Place) -> None:
                 process.join()
 
 
+def _check_ended(process: BaseProcess, job: _Job, place: Place) -> None:
+    if process.exitcode != 0:
+        raise FmftError(
+            f"seed {job.seed} failed (exit code {process.exitcode}), see above; what is finished "
+            f"lies in {place.out}; go on with --resume"
+        )
+
+
 def _show(bar: tqdm, jobs: Sequence[_Job]) -> None:
     done = [job.steps_done() for job in jobs]
     bar.n = sum(count for count, _ in done)
     bar.set_postfix_str(
-        ", ".join(f"seed {job.seed} {stage}" for job, (_, stage) in zip(jobs, done, strict=True))
+        ", ".join(f"seed {job.seed} {doing}" for job, (_, doing) in zip(jobs, done, strict=True))
     )
 
 
 def _sum_up(task: Task, place: Place, jobs: Sequence[_Job], started: float) -> dict[str, Any]:
     """Write results.json and results.md: medians over seeds against the targets."""
-    parts = [json.loads(job.results.read_text(encoding="utf-8")) for job in jobs]
+    parts = [json.loads(job.results("finetune").read_text(encoding="utf-8")) for job in jobs]
     medians = {
         name: median_results([read_results(part["results"][name]) for part in parts])
         for name in ("before", "after")

@@ -168,6 +168,14 @@ def test_help_version_and_info(capsys):
     assert "--finetune.solver_steps" in text and "torch" in text and "reference" in text
 
 
+def test_demo_with_more_workers_than_seeds_waits_for_the_pretrained_model():
+    words = ["--pretrain.steps", "8", "--finetune.steps", "8", "--seeds", "4", "--workers", "3"]
+    child = start_demo(*words)
+    _, error = child.communicate(timeout=120)
+    assert child.returncode == 0, error
+    assert json.loads(Path("d/results.json").read_text())["seeds"] == [4]
+
+
 @pytest.mark.parametrize("dashed", ["--batch-size=8", "--pretrain.batch-size=8"])
 def test_dashes_and_sections_in_keys(dashed):
     assert fmft("pretrain", "tiny", *TINY, dashed, "--quiet", "--measure", "1") == 0

@@ -130,8 +130,12 @@ def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
         CheckpointError: as `load_checkpoint`, or the checkpoint belongs to another model.
 
     Example:
-        >>> load_weights(field, "runs/toy-gmm").step                         # doctest: +SKIP
-        3000
+        >>> import tempfile
+        >>> field = nn.Linear(2, 2)
+        >>> made = Checkpoint(5, field.state_dict(), architecture=describe_field(field))
+        >>> folder = save_checkpoint(Path(tempfile.mkdtemp()) / "step-5", made)
+        >>> load_weights(nn.Linear(2, 2), folder).step
+        5
     """
     checkpoint = load_checkpoint(path)
     check_field(model, checkpoint, path)

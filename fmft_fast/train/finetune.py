@@ -45,14 +45,14 @@ WATCHED_ROWS = 1024
 class _Trainer:
     """What both trainers share: data, their split, the coupling, and the held-out pairs."""
 
-    title = ""
+    title: str
+    config: PretrainConfig | FinetuneConfig
 
     def __init__(
         self,
         field: nn.Module,
         data: Data,
         *,
-        config: PretrainConfig | FinetuneConfig,
         heldout: Data | None,
         evaluate: Evaluate | None,
         out: str | Path | None,
@@ -62,11 +62,12 @@ class _Trainer:
             raise InputTypeError(
                 f"expected an nn.Module v(t, x), got {type(field).__name__}; wrap it in one"
             )
-        self._config = config
         self._evaluate, self._out, self._progress = evaluate, out, progress
+        config = self.config
         self._device = pick_device(config.device)
         self._dtype = getattr(torch, config.dtype)
-        self._field = field.to(self._device, self._dtype)
+        # Probing and inversion want the field without dropout; `fit` turns that on again.
+        self._field = field.to(self._device, self._dtype).eval()
         self._path = LinearPath(config.sigma)
         self._coupling = make_coupling(config.coupling, **config.coupling_options)
         self._random = torch.Generator().manual_seed(stream_seed(config.seed, "setup"))
@@ -75,13 +76,12 @@ class _Trainer:
             rows, kept = None, None if heldout is None else self._columns(heldout)
         else:
             rows, kept = self._split(self._columns(data), heldout)
-        self._kept = kept
-        self._heldout = None if kept is None else self._pair_heldout(kept)
         sight = kept if kept is not None else rows
         if sight is None:
             sight = cast_floats(as_batch(_first(data)), self._dtype)
         self._sight: Batch = tuple(column[:WATCHED_ROWS].to(self._device) for column in sight)
         _probe(self._field, self._sight)
+        self._heldout = None if kept is None else self._pair_heldout(kept)
         self._batches = self._source(data if rows is None else rows)
 
     def run(self, *, resume: bool = False) -> FitResult:
@@ -95,7 +95,7 @@ class _Trainer:
             self._field,
             self._batches,
             self._loss,
-            config=self._config,
+            config=self.config,
             evaluate=self._measure,
             monitors=self._monitors(),
             out=self._out,
@@ -114,16 +114,22 @@ class _Trainer:
         raise NotImplementedError
 
     def _columns(self, data: Data) -> Batch:
-        if isinstance(data, (Tensor, tuple)):
-            return cast_floats(as_batch(data), self._dtype)
-        return cast_floats(gather(data, seed=self._config.seed), self._dtype)
+        whole = isinstance(data, (Tensor, tuple))
+        columns = as_batch(data) if whole else gather(data, seed=self.config.seed)
+        counts = [len(column) for column in columns]
+        if min(counts) == 0 or len(set(counts)) > 1:
+            raise InputError(
+                f"expected as many conditions as data and at least one row, got {counts} rows; "
+                f"check that both come from the same rows"
+            )
+        return cast_floats(columns, self._dtype)
 
     def _split(self, rows: Batch, heldout: Data | None) -> tuple[Batch, Batch | None]:
         """Set rows aside for the held-out error, unless some were given."""
         if heldout is not None:
             return rows, self._columns(heldout)
         count = len(rows[0])
-        aside = round(count * self._config.holdout)
+        aside = round(count * self.config.holdout)
         if aside == 0:
             return rows, None
         order = torch.randperm(count, generator=self._random)
@@ -143,7 +149,7 @@ class _Trainer:
         if coupling.per_batch:
             pairs = coupling.pair(*kept, generator=self._random)
         else:
-            rule = make_coupling(self._config.coupling, **self._config.coupling_options)
+            rule = make_coupling(self.config.coupling, **self.config.coupling_options)
             moved = tuple(column.to(self._device) for column in kept)
             rule.fit(*moved, field=self._field, generator=self._random)
             pairs = rule.sample(len(kept[0]), generator=self._random)
@@ -151,7 +157,7 @@ class _Trainer:
 
     def _source(self, data: Any) -> BatchSource:
         """Make the endless stream of pairs (x0, x1[, cond])."""
-        config = self._config
+        config = self.config
         if not isinstance(data, tuple):
             return LoaderPairs(data, self._coupling, dtype=self._dtype, seed=config.seed)
         rows = tuple(column.to(self._device) for column in data)
@@ -162,7 +168,7 @@ class _Trainer:
 
     def _fit_coupling(self, rows: Batch) -> Coupling:
         random = torch.Generator(self._device)
-        random.manual_seed(stream_seed(self._config.seed, "coupling"))
+        random.manual_seed(stream_seed(self.config.seed, "coupling"))
         return self._coupling.fit(*rows, field=self._field, generator=random)
 
     def _extra(self, model: nn.Module) -> Mapping[str, float]:
@@ -191,8 +197,11 @@ class FlowMatchingTrainer(_Trainer):
     (arXiv 2302.00482).
 
     Example:
-        >>> trainer = FlowMatchingTrainer(MLP(2), x1, config=PretrainConfig(steps=3000))
-        >>> result = trainer.run()                                           # doctest: +SKIP
+        >>> from fmft_fast.fields import MLP
+        >>> config = PretrainConfig(steps=20, batch_size=32)
+        >>> x1 = torch.randn(500, 2)
+        >>> FlowMatchingTrainer(MLP(2), x1, config=config, progress=False).run().step
+        20
     """
 
     title = "pre-train"
@@ -208,11 +217,10 @@ class FlowMatchingTrainer(_Trainer):
         out: str | Path | None = None,
         progress: bool = True,
     ) -> None:
-        self.config = config or PretrainConfig()
+        self.config: PretrainConfig = config or PretrainConfig()
         super().__init__(
             field,
             data,
-            config=self.config,
             heldout=heldout,
             evaluate=evaluate,
             out=out,
@@ -277,8 +285,11 @@ class MLEFineTuner(_Trainer):
     (arXiv 2510.02081), section 4.
 
     Example:
-        >>> config = FinetuneConfig(solver_steps=(2, 10), steps=1000)
-        >>> result = MLEFineTuner(field, x1, config=config).run()            # doctest: +SKIP
+        >>> from fmft_fast.fields import MLP
+        >>> config = FinetuneConfig(solver_steps=(2, 10), steps=20, coupling="ot-fixed")
+        >>> x1 = torch.randn(500, 2)
+        >>> MLEFineTuner(MLP(2), x1, config=config, progress=False).run().reason
+        'finished'
     """
 
     title = "fine-tune"
@@ -294,11 +305,10 @@ class MLEFineTuner(_Trainer):
         out: str | Path | None = None,
         progress: bool = True,
     ) -> None:
-        self.config = config or FinetuneConfig()
+        self.config: FinetuneConfig = config or FinetuneConfig()
         super().__init__(
             field,
             data,
-            config=self.config,
             heldout=heldout,
             evaluate=evaluate,
             out=out,

@@ -112,11 +112,7 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read a `metrics.jsonl`; a last line that a kill cut short is left out.
-
-    Example:
-        >>> curve = [r["loss"] for r in read_metrics("runs/a/metrics.jsonl")]  # doctest: +SKIP
-    """
+    """Read a `metrics.jsonl`; a last line that a kill cut short is left out."""
     records = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:

@@ -73,6 +73,7 @@ def fit(
         KeyboardInterrupt: stopped on request; says how to resume.
 
     Example:
+        >>> from fmft_fast.train import LoaderBatches
         >>> line = nn.Linear(1, 1)
         >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
         >>> def loss(model, batch, random):

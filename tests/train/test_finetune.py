@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+import toys
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import toys
 from fmft_fast.errors import ConfigError, InputError, InputTypeError, NonFiniteError
 from fmft_fast.fields import MLP
 from fmft_fast.flow import sample
@@ -193,6 +193,8 @@ def test_fields_that_cannot_work_are_refused_at_once():
 
     with pytest.raises(InputError, match=r"expected field\(t, x\) to return.*exchanged"):
         FlowMatchingTrainer(Exchanged(), x1, progress=False)
+    with pytest.raises(InputError, match=r"as many conditions as data.*\[50, 40\]"):
+        FlowMatchingTrainer(MLP(2), (x1, torch.zeros(40, 1)), progress=False)
     with pytest.raises(InputTypeError, match="expected an nn.Module"):
         FlowMatchingTrainer(lambda t, x: x, x1, progress=False)
     with pytest.raises(InputError, match="unknown coupling 'best'"):

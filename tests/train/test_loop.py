@@ -18,6 +18,7 @@ from torch import nn
 from fmft_fast.errors import CheckpointError, ConfigError, MissingDependencyError, NonFiniteError
 from fmft_fast.train import FitConfig, LoaderBatches, fit, load_checkpoint, read_metrics
 from fmft_fast.train.optim import lr_factor
+from fmft_fast.train.progress import load_random_state
 
 
 def weights(result_or_path):
@@ -214,6 +215,22 @@ def test_model_without_trainable_parameters_is_refused():
 def test_unknown_device_is_refused(name):
     with pytest.raises(ConfigError, match="device: expected auto, cpu"):
         tiny_run.train(config=with_changes(device=name))
+
+
+def test_random_streams_of_another_device_are_refused():
+    with pytest.raises(CheckpointError, match="resume with device = cuda"):
+        load_random_state(torch.Generator(), {"device": "cuda"})
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_where_it_stopped(tmp_path):
+    config = with_changes(device="cuda", schedule="constant")
+    whole = tiny_run.train(config=config)
+    tiny_run.train(tmp_path, config=dataclasses.replace(config, steps=30))
+    resumed = tiny_run.train(tmp_path, config=config, resume=True)
+    for name, value in weights(whole).items():
+        assert value.is_cuda
+        torch.testing.assert_close(weights(resumed)[name], value)
 
 
 def test_absent_tensorboard_names_the_extra(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-
 import toys
+
 from fmft_fast.errors import CouplingWarning, InputError
 from fmft_fast.train import (
     CurvatureGrowth,

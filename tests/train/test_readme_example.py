@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+import toys
 from torch import nn
 
-import toys
 from fmft_fast.train import FlowMatchingTrainer, PretrainConfig
 
 

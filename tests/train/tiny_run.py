@@ -40,13 +40,14 @@ def make_loader():
 def loss(model, batch, random):
     """Fit the sum of the inputs, with noise from the run's own stream."""
     x = batch[0]
-    x = x + 0.1 * torch.randn(x.shape, generator=random)
+    x = x + 0.1 * torch.randn(x.shape, generator=random, device=x.device)
     return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
 
 def evaluate(model):
     """Give the error on fixed rows."""
     x = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
+    x = x.to(next(model.parameters()).device)
     return {"heldout": float((model(x) - x.sum(1, keepdim=True)).square().mean())}
 
 
