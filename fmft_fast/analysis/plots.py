@@ -70,11 +70,10 @@ def error_map(
     columns = list(next(iter(errors.values())))
     figure = _figure(3.5 * len(columns) + 1.0, 3.5 * len(errors) + 0.4)
     axes = figure.subplots(len(errors), len(columns), sharex=True, sharey=True, squeeze=False)
-    image = None
     for row, name in zip(axes, errors, strict=True):
         for axis, steps in zip(row, columns, strict=True):
             error = errors[name][steps]
-            image = axis.imshow(
+            axis.imshow(
                 error.cpu().numpy(),
                 origin="lower",
                 extent=(-extent, extent, -extent, extent),
@@ -89,7 +88,7 @@ def error_map(
         row[0].set_ylabel("$x_2$ of the noise $x_0$")
     for axis in axes[-1]:
         axis.set_xlabel("$x_1$ of the noise $x_0$")
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="max")
+    bar = figure.colorbar(axes[0][0].images[0], ax=axes, shrink=0.8, extend="max")
     bar.set_label(f"distance of the end point from the nearest centre [{unit}]")
     bar.ax.axhline(limit, color="white", linewidth=1.5)
     _legend_below(figure, axes[0][0], columns=1)

@@ -115,6 +115,5 @@ def _noise(field, n: int, state: Sequence[int] | None, seed: int) -> Tensor:
         raise InputError(f"the number of samples must be at least 1, got {n}")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(n, *state, generator=generator)
-    parameters = getattr(field, "parameters", None)
-    like = next(parameters(), noise) if callable(parameters) else noise
+    like = next(field.parameters(), noise) if isinstance(field, torch.nn.Module) else noise
     return noise.to(like)

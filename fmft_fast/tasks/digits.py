@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ class Digits:
 
     name = "digits"
     summary = "scikit-learn's 8x8 handwritten digits, 64-D"
-    pretrain = {"steps": 6000, "batch_size": 128, "lr": 2e-3, "ema_decay": 0.995}
-    finetune = {
+    pretrain: Mapping[str, Any] = {"steps": 6000, "batch_size": 128, "lr": 2e-3, "ema_decay": 0.995}
+    finetune: Mapping[str, Any] = {
         "steps": 800,
         "batch_size": 128,
         "lr": 5e-4,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,9 @@ class ToyGMM:
 
     name = "toy-gmm"
     summary = "5 Gaussians in 2-D; a sample beyond 3 sigma of every centre is off the modes"
-    pretrain = {"steps": 3000, "batch_size": 256, "lr": 2e-3, "ema_decay": 0.995}
-    finetune = {
-        "steps": 4000,
+    pretrain: Mapping[str, Any] = {"steps": 3000, "batch_size": 256, "lr": 2e-3, "ema_decay": 0.995}
+    finetune: Mapping[str, Any] = {
+        "steps": 3000,
         "batch_size": 256,
         "lr": 4e-3,
         "ema_decay": 0.99,
