@@ -223,6 +223,8 @@ def draw(
 def ending(result: FitResult, steps: Sequence[int]) -> str:
     """Say in plain words how a run ended and what the monitors saw."""
     lines = [f"{result.reason} after {result.step} steps, model of step {result.selected_step}"]
+    if result.selected_step == 0:
+        lines.append("no evaluation was better than the first: this is the model it began with")
     lines += [f"step {finding.step}: {finding}" for finding in result.findings]
     if not result.findings:
         lines.append("no failure signature was seen")

@@ -307,15 +307,3 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     return json.dumps(value, ensure_ascii=False)
-
-
-def describe_keys(cls: type[FitConfig]) -> str:
-    """List the keys of a configuration with default and meaning, for `--help`."""
-    lines = []
-    for item in dataclasses.fields(cls):
-        default = {} if item.default is dataclasses.MISSING else item.default
-        choices = item.metadata["choices"]
-        extra = f" ({', '.join(choices)})" if choices else ""
-        shown = _toml_value(default)
-        lines.append(f"  --{item.name:<18}{shown:<16} {item.metadata['text']}{extra}")
-    return "\n".join(lines)

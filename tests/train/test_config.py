@@ -103,9 +103,3 @@ def test_unreadable_files_are_named(tmp_path):
         cfg.read_toml(bad)
     with pytest.raises(ConfigError, match="cannot read the configuration .*absent.toml"):
         cfg.read_toml(tmp_path / "absent.toml")
-
-
-def test_help_lists_every_key():
-    text = cfg.describe_keys(FinetuneConfig)
-    for name in FinetuneConfig().to_dict():
-        assert f"--{name} " in text
