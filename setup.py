@@ -215,9 +215,8 @@ def build_cuda(folder: Path, output: Path, nvcc: str) -> None:
     ninja = NinjaFile(folder, {"nvcc": nvcc, "cxx": os.environ.get("CXX", "c++"), "linker": nvcc})
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         ninja.compile("cuda", source, [*NVCC_FLAGS, *arch_flags(archs)])
-    binding = [*CXX_FLAGS, *host_flags(), f"-isystem {escape(Path(nvcc).parents[1] / 'include')}"]
-    archs_macro = f"-DFMFT_CUDA_ARCHS={'_'.join(archs)}"
-    ninja.compile("cxx", CSRC / "bindings/cuda.cpp", [*binding, archs_macro])
+    names = f"-DFMFT_CUDA_ARCHS={'_'.join(archs)}"
+    ninja.compile("cxx", CSRC / "bindings/cuda.cpp", [*CXX_FLAGS, *host_flags(), names])
     ninja.link(output, ["-shared", "-cudart static"])
     ninja.run()
 

@@ -168,7 +168,14 @@ FMFT_HD double stage_weight(const double* p, int degree, double theta) {
   return weight;
 }
 
-}  // namespace FMFT_ISA
+// Calls run(step) with the types of the call.
+template <class Run>
+void with_types(const StepCall& call, Run run) {
+  if (call.type == Type::f64) return run(typed<double, double>(call));
+  if (call.k_type == Type::f16) return run(typed<float, f16>(call));
+  if (call.k_type == Type::bf16) return run(typed<float, bf16>(call));
+  return run(typed<float, float>(call));
+}
 
 // Calls run(step, Count<S>): up to 7 stages, those of Dormand-Prince and Tsitouras, are compiled for
 // their number; 0 stands for any number.
@@ -191,4 +198,5 @@ inline void with_count(const Step<T, K>& step, Run run) {
   }
 }
 
+}  // namespace FMFT_ISA
 }  // namespace fmft

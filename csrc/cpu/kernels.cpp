@@ -13,14 +13,6 @@ inline namespace FMFT_ISA {
 constexpr int64_t kErrorBlock = 512;
 constexpr int kLanes = 16;
 
-template <class Run>
-void with_types(const StepCall& call, Run run) {
-  if (call.type == Type::f64) return run(typed<double, double>(call));
-  if (call.k_type == Type::f16) return run(typed<float, f16>(call));
-  if (call.k_type == Type::bf16) return run(typed<float, bf16>(call));
-  return run(typed<float, float>(call));
-}
-
 template <int S, class T, class K>
 void combine_range(const Step<T, K> step, int64_t begin, int64_t end) {
   const T h = step_size(step);

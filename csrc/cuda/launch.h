@@ -1,4 +1,4 @@
-// From a type-erased call to a kernel instance: types, number of stages, width of the loads.
+// What the launchers share: checks, the current device, the grid, the width of the loads.
 #pragma once
 #include <algorithm>
 #include <stdexcept>
@@ -55,13 +55,5 @@ bool aligned(const Step<T, K>& step) {
 // 16 bytes of y at a time.
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
-
-template <class Run>
-void with_types(const StepCall& call, Run run) {
-  if (call.type == Type::f64) return run(typed<double, double>(call));
-  if (call.k_type == Type::f16) return run(typed<float, f16>(call));
-  if (call.k_type == Type::bf16) return run(typed<float, bf16>(call));
-  return run(typed<float, float>(call));
-}
 
 }  // namespace fmft::cuda
