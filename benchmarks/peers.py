@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def _through(package: str, function: str) -> Peer:
     return run
 
 
-def _solve(gradient: str) -> Peer:
+def _solve(gradient: Literal["discrete", "backprop"]) -> Peer:
     def run(case: Case, field: Field, x0: Tensor) -> Tensor:
         if case.steps is None:
             steps: dict = {"rtol": case.tol, "atol": case.tol}
