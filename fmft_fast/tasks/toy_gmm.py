@@ -43,7 +43,7 @@ class ToyGMM:
     finetune: Mapping[str, Any] = {
         "steps": 3000,
         "batch_size": 256,
-        "lr": 4e-3,
+        "lr": 8e-3,
         "ema_decay": 0.99,
         "coupling": "ot-semidiscrete",
         "solver_steps": (1, 2, 5, 10),
