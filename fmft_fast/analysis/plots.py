@@ -13,6 +13,10 @@ from fmft_fast.errors import InputError, MissingDependencyError
 
 BEFORE, AFTER, FLOOR, INK = "#c44e52", "#2a6f97", "#8a8a8a", "#333333"
 COLOURS = {"before": BEFORE, "after": AFTER}
+HELDOUT = {
+    "pre-training": "held-out loss",
+    "fine-tuning": "held-out mean distance\n$|\\phi(x_0) - x_1|\\,/\\sqrt{dim}$",
+}
 
 
 def trajectories(
@@ -147,6 +151,9 @@ def quality(
 def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], file: str | Path) -> Path:
     """Draw training loss and held-out measure of each run from the lines of its metrics.jsonl.
 
+    The two have panels of their own: fine-tuning measures its held-out rows by another number
+    than its loss.
+
     Args:
         history: {run: records with "kind" ("train" | "eval" | "event"), "step" and numbers}.
         file: PNG to write; its folder is made.
@@ -154,28 +161,15 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], file: st
     Returns:
         The file.
     """
-    figure = _figure(4.6 * len(history), 3.4)
-    axes = figure.subplots(1, len(history), squeeze=False)[0]
-    for axis, (run, records) in zip(axes, history.items(), strict=True):
-        for kind, key, colour, label in (
-            ("train", "loss", FLOOR, "training loss"),
-            ("eval", "heldout", AFTER, "held-out loss"),
-        ):
-            rows = [r for r in records if r.get("kind") == kind and r.get(key) is not None]
-            axis.plot(
-                [r["step"] for r in rows],
-                [r[key] for r in rows],
-                color=colour,
-                label=label,
-                marker="o" if kind == "eval" else None,
-                markersize=4,
-                linewidth=1.2 if kind == "train" else 1.8,
-            )
-        axis.set_xlabel("step")
-        axis.set_yscale("log")
-        axis.grid(alpha=0.25, which="both")
-        axis.legend(frameon=False)
-        _title(axis, run)
+    figure = _figure(4.6 * len(history), 5.0)
+    axes = figure.subplots(2, len(history), squeeze=False, sharex="col")
+    for (above, below), (run, records) in zip(axes.T, history.items(), strict=True):
+        _draw_curve(above, records, "train", "loss", color=FLOOR, linewidth=1.2)
+        above.set_ylabel("training loss")
+        _draw_curve(below, records, "eval", "heldout", color=AFTER, marker="o", markersize=4)
+        below.set_ylabel(HELDOUT.get(run, "held-out measure"))
+        below.set_xlabel("step")
+        _title(above, run)
     return _save(figure, file)
 
 
@@ -205,6 +199,16 @@ def image_grid(
             -0.25, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=10
         )
     return _save(figure, file)
+
+
+def _draw_curve(
+    axis, records: Sequence[Mapping[str, Any]], kind: str, key: str, **style: Any
+) -> None:
+    """Draw one number of the records of one kind over their steps."""
+    rows = [r for r in records if r.get("kind") == kind and r.get(key) is not None]
+    axis.plot([r["step"] for r in rows], [r[key] for r in rows], **style)
+    axis.set_yscale("log")
+    axis.grid(alpha=0.25, which="both")
 
 
 def _draw_paths(axis, states: Tensor, centres: Tensor, radius: float) -> None:

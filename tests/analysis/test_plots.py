@@ -67,6 +67,20 @@ def test_figures_do_not_touch_the_global_state_of_pyplot(tmp_path):
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
+def test_training_loss_and_heldout_measure_do_not_share_an_axis(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or file)
+    records = [
+        {"kind": "train", "step": 1, "loss": 2.0},
+        {"kind": "eval", "step": 2, "loss": 2.0, "heldout": 0.5},
+    ]
+    plots.training_curves({"fine-tuning": records}, tmp_path / "a.png")
+    above, below = figures[0].axes
+    assert [list(axis.lines[0].get_ydata()) for axis in (above, below)] == [[2.0], [0.5]]
+    assert above.get_ylabel() == "training loss" and "mean distance" in below.get_ylabel()
+
+
 def test_share_of_noise_is_weighted_by_the_normal_density():
     line = torch.linspace(-4, 4, 401)
     inside = (line[:, None].square() + line.square()).sqrt() < 1
