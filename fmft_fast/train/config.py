@@ -53,7 +53,9 @@ class FitConfig:
     schedule: str = key("cosine", "shape after the warm-up", choices=("constant", "cosine"))
     warmup: int = key(0, "steps of linear warm-up", low=0)
     grad_clip: float | None = key(1.0, "largest gradient norm, or none", above=0)
-    ema_decay: float | None = key(None, "decay of the averaged weights, or none", low=0, high=1)
+    ema_decay: float | None = key(
+        None, "final decay of the averaged weights, or none", low=0, high=1
+    )
     seed: int = key(0, "seed of every random stream of the run", low=0)
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = key("float32", "dtype of parameters and data", choices=("float32", "float64"))

@@ -132,6 +132,6 @@ def _open_board(folder: Path | None) -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             "tensorboard = true needs the package tensorboard, which is not installed; "
-            "pip install 'fmft_fast[tensorboard]', or set tensorboard = false"
+            "pip install 'fmft-fast[tensorboard]', or set tensorboard = false"
         ) from error
     return SummaryWriter(str(folder / "tensorboard") if folder else None)

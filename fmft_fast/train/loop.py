@@ -24,7 +24,7 @@ from fmft_fast.train.config import FitConfig
 from fmft_fast.train.interrupt import stop_requests
 from fmft_fast.train.logging import RunLog
 from fmft_fast.train.monitors import Monitor
-from fmft_fast.train.optim import lr_factor, make_optimizer, pick_device
+from fmft_fast.train.optim import average_decay, lr_factor, make_optimizer, pick_device
 from fmft_fast.train.progress import FitResult, Progress, load_random_state, random_state
 
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
@@ -121,7 +121,7 @@ class _Run:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = make_optimizer(self.parameters, config)
         self.average = (
-            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            AveragedModel(model, multi_avg_fn=self._average)
             if config.ema_decay is not None
             else None
         )
@@ -200,6 +200,12 @@ class _Run:
             self.average.update_parameters(self.model)
         self.done.step += 1
         self.pending.append((self.done.step, loss.detach(), norm))
+
+    def _average(self, averaged: Any, current: Any, count: Any) -> None:
+        """Move averaged parameters towards the current ones."""
+        assert self.config.ema_decay is not None
+        decay = average_decay(self.done.step, self.config.ema_decay)
+        get_ema_multi_avg_fn(decay)(averaged, current, count)
 
     def _flush(self) -> None:
         """Bring losses to the host and refuse the first that is not finite."""

@@ -45,6 +45,19 @@ def lr_factor(step: int, config: FitConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
+def average_decay(step: int, decay: float) -> float:
+    """Give the decay of the averaged weights after `step` steps: it grows to `decay`.
+
+    A decay that is constant from the first step would keep a share of the starting weights for
+    long (5 % after 3000 steps at .999).
+
+    Example:
+        >>> [round(average_decay(k, 0.99), 3) for k in (0, 8, 80, 3000)]
+        [0.1, 0.5, 0.9, 0.99]
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 def make_optimizer(parameters: Sequence[nn.Parameter], config: FitConfig) -> tuple[AdamW, LambdaLR]:
     """Give AdamW (one fused kernel where the device has it) and its schedule.
 

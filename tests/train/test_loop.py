@@ -186,7 +186,8 @@ def test_gradients_are_clipped_to_the_configured_norm():
     assert float(norm) == pytest.approx(1e-3, rel=1e-4)
 
 
-def test_averaged_weights_are_the_exponential_mean_of_the_raw_ones(tmp_path):
+@pytest.mark.parametrize("final_decay", [0.25, 0.999])
+def test_averaged_weights_forget_the_start_and_then_follow_the_final_decay(tmp_path, final_decay):
     raw = []
 
     def spy(model, batch, random):
@@ -195,12 +196,12 @@ def test_averaged_weights_are_the_exponential_mean_of_the_raw_ones(tmp_path):
 
     line = nn.Linear(1, 1, bias=False)
     source = LoaderBatches([torch.ones(4, 1)], seed=0)
-    config = FitConfig(steps=4, lr=0.1, ema_decay=0.75, device="cpu")
+    config = FitConfig(steps=6, lr=0.1, ema_decay=final_decay, device="cpu")
     fit(line, source, spy, config=config, out=tmp_path, progress=False)
     raw.append(load_checkpoint(tmp_path).training["raw"]["weight"])
     mean = raw[1]
-    for weight in raw[2:]:
-        mean = 0.75 * mean + 0.25 * weight
+    for weight, growing in zip(raw[2:], (2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15), strict=True):
+        mean = torch.lerp(weight, mean, min(final_decay, growing))
     assert torch.allclose(line.weight, mean, rtol=1e-6)
     assert not torch.equal(mean, raw[-1])
 
@@ -235,5 +236,19 @@ def test_a_run_on_a_gpu_goes_on_where_it_stopped(tmp_path):
 
 def test_absent_tensorboard_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingDependencyError, match=r"fmft_fast\[tensorboard\]"):
+    with pytest.raises(MissingDependencyError, match=r"fmft-fast\[tensorboard\]"):
         tiny_run.train(tmp_path, config=with_changes(tensorboard=True))
+
+
+def test_tensorboard_files_hold_what_the_log_holds(tmp_path):
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed",
+    )
+    tiny_run.train(tmp_path, config=with_changes(tensorboard=True))
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    for kind, name in (("train", "loss"), ("train", "lr"), ("eval", "heldout")):
+        logged = [(r["step"], r[name]) for r in records if r["kind"] == kind]
+        written = [(event.step, event.value) for event in events.Scalars(f"{kind}/{name}")]
+        assert written == [(step, pytest.approx(value)) for step, value in logged]
