@@ -24,7 +24,6 @@ MAX_DEGREE = 8
 # Below this many numbers torch differentiates its own chain of additions faster than a Function:
 # 3 stages of [1024, 2], forward and backward, take 31 against 36 us, of [1024, 64] 89 against 86.
 SMALL = 1 << 14
-MAX_DEGREE = 8
 
 Step = float | Tensor
 Weights = Sequence[float]
@@ -61,10 +60,14 @@ def is_traced() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
+        or is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Tell whether functorch (vmap, grad, jvp) or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def fuse(name: str, raw: StepKernels) -> StepKernels:

@@ -106,6 +106,12 @@ def initial_step(
         scale = tolerance.scale(y0)
         d0, d1 = (float(tolerance.measure(x / scale)) for x in (y0, f0))
         if not math.isfinite(d0 + d1):
+            if bool((torch.isfinite(y0) & ~(scale > 0)).any()):
+                raise InputError(
+                    f"atol + rtol |y| must be positive everywhere, got rtol = {tolerance.rtol}, "
+                    f"atol = {tolerance.atol} and a smallest |y| of {float(y0.abs().min())}: give "
+                    "atol > 0"
+                )
             _raise_non_finite(field, s0 * direction, 0, y0, f0)
         h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
         f1 = field(time(s0 + h0), y0 + (direction * h0) * f0)
@@ -391,11 +397,11 @@ def integrate_adaptive_until_event(
 def integrate_adaptive_dense(problem: Problem, solver: AdaptiveSolver) -> DenseSolution:
     """The dense output of a whole solve to problem.t[-1]."""
     end = problem.t[-1].item()
-    nodes, pieces = [solver.s], []
+    nodes, pieces = [solver.time(solver.s)], []
     while solver.direction * end > solver.s:
         solver.count(solver.accepted + solver.rejected)
         if solver.attempt():
-            nodes.append(solver.s)
+            nodes.append(solver.time(solver.s))
             pieces.append(solver.coefficients())
-    t = torch.tensor(nodes, dtype=torch.float64, device=problem.y0.device) * solver.direction
+    t = torch.stack(nodes).to(torch.float64)
     return DenseSolution(t, torch.stack(pieces), end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from . import continuous_adjoint, drop_in, events, inputs, methods
@@ -17,6 +18,7 @@ _hidden: dict[str, ModuleType] | None = None
 
 def _module(name: str, **names: object) -> ModuleType:
     module = ModuleType(f"{_NAME}{name}", "fmft_fast in the place of torchdiffeq")
+    module.__spec__ = ModuleSpec(module.__name__, None)  # importlib.util.find_spec asks for it
     module.__dict__.update(names)
     return module
 

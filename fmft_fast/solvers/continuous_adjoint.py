@@ -13,9 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import GradientError, InputError
 from .drop_in import _combine, integrate, integrate_until_event, odeint
-from .inputs import CALLBACKS, Norm, Problem, State, max_rms_norm, normalise, rms_norm, unflatten
+from .inputs import (
+    CALLBACKS,
+    Norm,
+    Problem,
+    State,
+    max_rms_norm,
+    normalise,
+    real_dtype,
+    rms_norm,
+    unflatten,
+)
+from .replay import without_hooks
 
 
 class _AdjointSolve(torch.autograd.Function):
@@ -26,7 +37,7 @@ class _AdjointSolve(torch.autograd.Function):
         ctx.problem = problem
         ctx.adjoint_options = adjoint.pop("options")
         ctx.adjoint = adjoint
-        ctx.time_grad = t.requires_grad
+        ctx.time_grad, ctx.params = t.requires_grad, params
         problem.y0, problem.t = y0.detach(), t.detach()
         if problem.event_fn is None:
             solution = integrate(problem)
@@ -35,15 +46,29 @@ class _AdjointSolve(torch.autograd.Function):
         event_t, solution = integrate_until_event(problem)
         ends = torch.stack((problem.t[0], event_t.to(problem.t)))
         ctx.save_for_backward(ends, solution, *params)
+        ctx.mark_non_differentiable(event_t)
         return event_t, solution
 
     @staticmethod
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        t, y, *params = ctx.saved_tensors
+        """Run the adjoint ODE."""
+        if torch.is_grad_enabled():
+            raise GradientError(
+                "the continuous adjoint is differentiable once, but create_graph=True asks for "
+                "more: use odeint for second derivatives"
+            )
+        with without_hooks(ctx.params):
+            return _AdjointSolve.integrate_back(ctx, grads)
+
+    @staticmethod
+    def integrate_back(ctx, grads: tuple[Tensor, ...]) -> tuple:
+        """Gradients of all inputs of the forward pass."""
+        t, y, *_ = ctx.saved_tensors  # raises if a parameter was changed in place
+        params = ctx.params
         problem: Problem = ctx.problem
         grad_y = grads[-1]
-        dynamics = _augment(problem, tuple(params), ctx.time_grad)
-        adj_t = torch.zeros((), dtype=y.dtype, device=y.device)
+        dynamics = _augment(problem, params, ctx.time_grad)
+        adj_t = torch.zeros((), dtype=real_dtype(y.dtype), device=y.device)
         adj_y = grad_y[-1]
         adj_params = [torch.zeros_like(p) for p in params]
         grad_t = torch.zeros_like(t) if ctx.time_grad else None
@@ -51,7 +76,7 @@ class _AdjointSolve(torch.autograd.Function):
         for i in range(len(t) - 1, 0, -1):
             if grad_t is not None:
                 # Moving this observation time moves the state along the field.
-                moved = problem.field(t[i], y[i]).reshape(-1).dot(grad_y[i].reshape(-1))
+                moved = (grad_y[i].conj() * problem.field(t[i], y[i])).real.sum()
                 adj_t = adj_t - moved
                 grad_t[i] = moved
             aug = odeint(
@@ -62,7 +87,7 @@ class _AdjointSolve(torch.autograd.Function):
                 **ctx.adjoint,
             )
             adj_t, _, adj_y, *adj_params = (part[1] for part in aug)
-            adj_y = adj_y + grad_y[i - 1]
+            adj_t, adj_y = adj_t.real, adj_y + grad_y[i - 1]
         if grad_t is not None:
             grad_t[0] = adj_t
             if problem.event_fn is not None:

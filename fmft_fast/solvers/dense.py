@@ -12,7 +12,7 @@ class DenseSolution:
     """Piecewise polynomial solution; callable at any time of its interval.
 
     Args:
-        t: [N + 1] times of the step ends, strictly monotonic.
+        t: [N + 1] times of the step ends, strictly monotonic; may require grad.
         coefficients: [N, degree + 1, *state]; step n is sum_j coefficients[n, j] theta^j with
             theta = (t - t_n) / (t_{n+1} - t_n) in [0, 1].
         t_end: last time that the caller asked for (the steps may reach further).
@@ -38,7 +38,8 @@ class DenseSolution:
                 "solve over a longer interval"
             )
         times = t.reshape(-1)
-        n = torch.searchsorted(self._sign * self.t, self._sign * times, right=True) - 1
+        nodes = self._sign * self.t.detach()
+        n = torch.searchsorted(nodes, self._sign * times.detach(), right=True) - 1
         n = n.clamp(0, len(self.t) - 2)
         theta = (times - self.t[n]) / (self.t[n + 1] - self.t[n])
         c = self.coefficients[n]

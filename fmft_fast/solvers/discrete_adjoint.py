@@ -17,7 +17,6 @@ SIAM Review 58 (2016).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from ..errors import GradientError
 from ..ops.backend import StepKernels
 from .fixed import Step
 from .inputs import expand_result
+from .replay import KnownTensors, Surroundings, without_hooks
 from .tableau import Tableau
 
 
@@ -90,57 +90,6 @@ class DiscretePlan:
         return combine(y, k, h, self.tableau.b), inputs
 
 
-class _Surroundings:
-    """What an evaluation depends on besides its arguments: random generators and autocast.
-
-    The backward pass evaluates the field again, out of order and outside of the user's contexts. A
-    field that draws random numbers (dropout) has its generator states noted at every evaluation.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.random: dict[tuple[int, int], list[Tensor]] | None = None
-        self.autocast = torch.is_autocast_enabled(device.type)
-        self.autocast_dtype = torch.get_autocast_dtype(device.type)
-
-    def generators(self) -> list[Tensor]:
-        """States of the random generators that the field may use."""
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return states
-
-    def note(self, n: int, i: int) -> None:
-        """Called before evaluation (n, i) of the forward pass."""
-        if self.random is not None:
-            self.random.setdefault((n, i), self.generators())
-
-    def compare(self, before: list[Tensor]) -> None:
-        """Called after the first evaluation: begin to note if it drew random numbers."""
-        drew = not all(map(torch.equal, before, self.generators()))
-        if drew:
-            self.random = {(0, 0): before}
-
-    def restore(self, n: int, i: int) -> None:
-        """Called before evaluation (n, i) is repeated."""
-        if self.random is not None:
-            cpu, *cuda = self.random[n, i]
-            torch.set_rng_state(cpu)
-            for state in cuda:
-                torch.cuda.set_rng_state(state, self.device)
-
-    def backward_context(self) -> Any:
-        """Autocast as in the forward pass."""
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast)
-
-    def keep_generators(self) -> Any:
-        """Leave the generators as they are after a replay."""
-        if self.random is None:
-            return nullcontext()
-        devices = [self.device] if self.device.type == "cuda" else []
-        return torch.random.fork_rng(devices=devices)
-
-
 class DiscreteSolve(torch.autograd.Function):
     """Forward: steps without a graph. Backward: the discrete adjoint.
 
@@ -152,21 +101,19 @@ class DiscreteSolve(torch.autograd.Function):
     def forward(ctx, plan: DiscretePlan, x0, grid, table, cond, *params):
         """Run the steps; the first evaluation also looks for gradients that would be lost."""
         times = [row.unbind() for row in table.detach().unbind()]
-        around = _Surroundings(x0.device)
-        unchecked = True
+        around = Surroundings(plan.field.base, x0.device)
+        known = KnownTensors(t for t in (cond, *params) if t is not None)
 
         def evaluate(n: int, i: int, y: Tensor) -> Tensor:
-            nonlocal unchecked
-            if not unchecked:
+            if n or i:
                 around.note(n, i)
                 return plan.field(times[n][i], y, cond)
-            unchecked = False
-            before = around.generators()
+            around.begin()
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_()
                 k = plan.field(times[n][i], leaf, cond)
-            around.compare(before)
-            _refuse_lost_gradients(k, [t for t in (leaf, cond, *params) if t is not None])
+            around.compare(k)
+            known.refuse_doubled(known.refuse_lost(k, leaf))
             return k.detach()
 
         if plan.known is not None:
@@ -178,13 +125,15 @@ class DiscreteSolve(torch.autograd.Function):
                 y, stages = plan.step(n, states[-1], evaluate)
                 states.append(y)
                 inputs.append([] if plan.checkpoint_every else stages)
+        around.end(adaptive=plan.known is not None)
         if any(ctx.needs_input_grad):
             ctx.plan, ctx.times, ctx.around = plan, times, around
             ctx.inputs = inputs
             ctx.checkpoints = states[:: plan.checkpoint_every] if plan.checkpoint_every else []
-            ctx.has_cond = cond is not None
+            ctx.params, ctx.cond = params, cond
             ctx.grid_device = grid.device
-            ctx.save_for_backward(*params, *((cond,) if ctx.has_cond else ()))
+            # Only so that torch refuses a backward pass after one of them was changed in place.
+            ctx.save_for_backward(x0, cond, *params)
             plan.known = None
         return torch.stack(states) if plan.save_all else states[-1].clone()
 
@@ -196,28 +145,9 @@ class DiscreteSolve(torch.autograd.Function):
                 "the discrete adjoint is differentiable once, but create_graph=True asks for more: "
                 'use gradient="backprop" for second derivatives'
             )
-        return _Backward(ctx).run(grad)
-
-
-def _refuse_lost_gradients(k: Tensor, known: Sequence[Tensor]) -> None:
-    """Raise if k depends on a leaf that requires grad and is not, nor leads to, a known tensor."""
-    leaves = {id(t) for t in known if t.grad_fn is None}
-    ends = {t.grad_fn for t in known if t.grad_fn is not None}
-    seen: set = set()
-    queue: list[Any] = [k.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen or node in ends:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and id(leaf) not in leaves:
-            raise GradientError(
-                f"the field depends on a tensor of shape {tuple(leaf.shape)} that requires grad "
-                "and is not known to the solver, so its gradient would be lost. Pass what the "
-                "field closes over as params=(...), or give it as cond=, or detach it"
-            )
-        queue.extend(parent for parent, _ in node.next_functions)
+        run = _Backward(ctx)
+        with run.around.unchanged(), without_hooks(run.leaves):
+            return run.run(grad)
 
 
 class _Backward:
@@ -225,22 +155,23 @@ class _Backward:
 
     def __init__(self, ctx: Any):
         self.plan: DiscretePlan = ctx.plan
-        self.around: _Surroundings = ctx.around
+        self.around: Surroundings = ctx.around
         self.times = ctx.times
         self.inputs: list[list[Tensor]] = list(ctx.inputs)
         self.checkpoints: list[Tensor] = ctx.checkpoints
-        saved = list(ctx.saved_tensors)
-        self.cond = saved.pop().detach() if ctx.has_cond else None
-        self.params = saved
+        _ = ctx.saved_tensors  # raises if one was changed in place
+        self.cond = None if ctx.cond is None else ctx.cond.detach()
+        self.params = ctx.params
         _, self.x0_grad, self.grid_grad, self.table_grad, cond_grad, *params_grad = (
             ctx.needs_input_grad
         )
-        self.leaves = [p for p, wanted in zip(saved, params_grad, strict=True) if wanted]
+        self.leaves = [p for p, wanted in zip(self.params, params_grad, strict=True) if wanted]
         self.params_grad = params_grad
         self.cond_grad = self.cond is not None and cond_grad
         if self.cond_grad:
             assert self.cond is not None
             self.leaves.append(self.cond.requires_grad_())
+        self.known = KnownTensors(self.leaves)
         self.sums: list[Tensor | None] = [None] * len(self.leaves)
         self.grid_device = ctx.grid_device
         self.time_wanted = self.table_grad or (self.grid_grad and self.plan.own_times)
@@ -254,11 +185,10 @@ class _Backward:
         plan = self.plan
         steps = len(plan.h)
         lam = grad[steps] if plan.save_all else grad
-        with self.around.keep_generators():
-            for n in range(steps - 1, -1, -1):
-                lam = self.step_back(n, lam)
-                if plan.save_all:
-                    lam = lam + grad[n]
+        for n in range(steps - 1, -1, -1):
+            lam = self.step_back(n, lam)
+            if plan.save_all:
+                lam = lam + grad[n]
         sums = iter(self.sums)
         params = [next(sums) if wanted else None for wanted in self.params_grad]
         cond = next(sums) if self.cond_grad else None
@@ -306,7 +236,7 @@ class _Backward:
                 self.around.restore(m, i)
                 return self.plan.field(self.times[m][i], y_i, self.cond)
 
-            with self.around.backward_context():
+            with self.around.autocasting():
                 for m in range(start, n + 1):
                     y, self.inputs[m] = self.plan.step(m, y, evaluate)
         return self.inputs[n]
@@ -317,19 +247,41 @@ class _Backward:
         """Vector-Jacobian products of one evaluation: ybar_i, and k_i for the gradient of h."""
         time_wanted = self.time_wanted
         t = self.times[n][i].detach().requires_grad_(time_wanted)
-        with torch.enable_grad(), self.around.backward_context():
+        with torch.enable_grad(), self.around.autocasting():
             y = y.detach().requires_grad_(y_wanted)
             self.around.restore(n, i)
             k = self.plan.field(t, y, self.cond)
+        self.check(n, i, k, t, y)
         inputs = [*self.leaves, *((y,) if y_wanted else ()), *((t,) if time_wanted else ())]
         grads: list[Tensor | None] = [None] * len(inputs)
         if k.requires_grad and inputs:
-            grads = list(torch.autograd.grad(k, inputs, k_bar.to(k.dtype), allow_unused=True))
+            grads = self.vjp(k, inputs, k_bar)
         if time_wanted and (time_bar := grads.pop()) is not None:
             self.time_bars[n][i] = time_bar
         y_bar = grads.pop() if y_wanted else None
         self.add(grads)
         return torch.zeros_like(k_bar) if y_bar is None else y_bar, k.detach()
+
+    def check(self, n: int, i: int, k: Tensor, t: Tensor, y: Tensor) -> None:
+        """Look for a field that changed; once per step, since a walk of the graph takes time."""
+        if n == i == 0:
+            self.around.check(k)
+        if i == self.plan.tableau.stages - 1:
+            self.known.refuse_lost(k, t, y)
+
+    @staticmethod
+    def vjp(k: Tensor, inputs: list[Tensor], k_bar: Tensor) -> list[Tensor | None]:
+        """k_bar^T dk/dinputs."""
+        try:
+            return list(torch.autograd.grad(k, inputs, k_bar.to(k.dtype), allow_unused=True))
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise GradientError(
+                "the field uses a tensor that was computed from its parameters before the solve "
+                "(or is cached between evaluations). Give it as cond= or in params=, compute it "
+                'inside the field, or use gradient="backprop"'
+            ) from error
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Add to the sums; half-precision gradients are summed in float32."""

@@ -242,7 +242,7 @@ def _fixed_dense(problem: Problem) -> DenseSolution:
         for n, h in enumerate(steps)
     ]
     _report(problem, len(pieces), grid.h[-1])
-    return DenseSolution(grid.t.detach(), torch.stack(pieces), grid.t[-1].item())
+    return DenseSolution(grid.t, torch.stack(pieces), grid.t[-1].item())
 
 
 def odeint_event(

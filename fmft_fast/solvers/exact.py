@@ -46,9 +46,11 @@ def solve(
             t0 and t1. With tolerances a grid gives the times that the steps must meet.
         rtol, atol: tolerances; giving one makes the steps adaptive (default of the other: 1e-5).
         gradient: "discrete": the exact gradient of the computed solution, in memory
-            O(steps x state); the field is evaluated once more in the backward pass and dropout
-            masks are repeated. "continuous": the adjoint ODE, approximate. "backprop": an ordinary
-            graph of everything, differentiable twice. "none": no graph.
+            O(steps x state); the field is evaluated once more in the backward pass. Dropout masks
+            are repeated, and so are changes of buffers (batch or spectral norm) if the field is
+            the nn.Module itself and not a function around it. "continuous": the adjoint ODE,
+            approximate. "backprop": an ordinary graph of everything, differentiable twice.
+            "none": no graph.
         save: "final" state, or "all" states: the ends of the steps (with tolerances and a grid: the
             states on the grid).
         backend: kernels of the step ops: "auto", "reference", "cpu", "triton" or "cuda".
@@ -59,7 +61,7 @@ def solve(
             instance a time embedding computed once (see `stage_time_table`); gets a gradient.
         checkpoint_every: keep every so many states only and compute the rest again in the backward
             pass (one more evaluation per stage), for very long solves; 0 keeps all.
-        options: options of the adaptive step control, as in `odeint`.
+        options: options of the adaptive step control or of an implicit method, as in `odeint`.
 
     Returns:
         A `Solution`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -49,8 +50,9 @@ class Perturb(Enum):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root mean square of the absolute values, 0-d."""
-    return x.abs().square().mean().sqrt()
+    """Root mean square of the absolute values, 0-d; 0 for an empty tensor."""
+    size = x.abs()
+    return size.square().mean().sqrt() if x.numel() else size.sum()
 
 
 def max_rms_norm(xs: Sequence[Tensor]) -> Tensor | float:
@@ -118,10 +120,21 @@ class NormalisedField:
             t = shift_time(t, t + 1 if forward else t - 1)
         f = self.base(t, self.split(y))
         if self.shapes is not None:
-            return torch.cat([part.reshape(-1) for part in f])
+            return self._join(f)
         if f.shape != y.shape:
             f = expand_result(f, y)
         return f
+
+    def _join(self, f: Sequence[Tensor]) -> Tensor:
+        """One flat tensor; a part needs as many entries as that of the state, in any shape."""
+        assert self.shapes is not None
+        got = [tuple(part.shape) for part in f]
+        if [math.prod(shape) for shape in got] != [shape.numel() for shape in self.shapes]:
+            raise InputError(
+                "the field must return a tuple with the shapes of its state: expected "
+                f"{[tuple(shape) for shape in self.shapes]}, got {got}"
+            )
+        return torch.cat([part.reshape(-1) for part in f])
 
 
 def expand_result(f: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import GradientError, InputError, InputTypeError, NonFiniteError
 from ..ops.backend import choose_kernels
-from ..ops.contract import is_traced
+from ..ops.contract import is_traced, is_transformed
 from .accepted_steps import find_accepted_steps
 from .adaptive import AdaptiveSolver
 from .continuous_adjoint import find_parameters, odeint_adjoint
@@ -21,6 +22,7 @@ from .drop_in import odeint
 from .fixed import stage_times, step_sizes
 from .inputs import direction_of, normalise, real_dtype
 from .methods import find_method
+from .replay import KnownTensors
 from .stats import SolveStats, record_stats, report
 from .tableau import Tableau
 
@@ -58,9 +60,14 @@ def make_grid(t0: float | Tensor, t1: float | Tensor, steps: int | Tensor | None
             )
         grid = steps.to(torch.float64)
     else:
-        count = 1 if steps is None else steps
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise InputError(f"steps must be a positive int or a grid of times, got {steps!r}")
+        try:
+            count = 1 if steps is None else operator.index(steps)
+        except TypeError:
+            count = 0
+        if count < 1 or isinstance(steps, bool):
+            raise InputError(
+                f"steps must be a positive int or a tensor of times [N + 1], got {steps!r}"
+            )
         ends = [torch.as_tensor(t, dtype=torch.float64).reshape(()) for t in (t0, t1)]
         device = next((t.device for t in ends if t.device.type != "cpu"), ends[0].device)
         share = torch.arange(count + 1, dtype=torch.float64, device=device) / count
@@ -104,10 +111,22 @@ class SolveRequest:
             raise InputError(f'save must be "final" or "all", got {self.save!r}')
         if not isinstance(self.checkpoint_every, int) or self.checkpoint_every < 0:
             raise InputError(f"checkpoint_every must be an int >= 0, got {self.checkpoint_every!r}")
+        if self.cond is not None and not isinstance(self.cond, Tensor):
+            raise InputTypeError(
+                f"cond must be one torch.Tensor, got {type(self.cond).__name__}: concatenate "
+                "several, or close over them and pass them in params"
+            )
         self._check_method()
+        single = isinstance(self.params, (Tensor, nn.Module))
+        given: tuple[Any, ...] = (self.params,) if single else tuple(self.params)
+        if wrong := [p for p in given if not isinstance(p, Tensor)]:
+            raise InputTypeError(
+                f"params must be tensors, got {type(wrong[0]).__name__}; for a module pass "
+                "module.parameters()"
+            )
         module = find_parameters(self.field) if isinstance(self.field, nn.Module) else []
         self.keeps_graph = torch.is_grad_enabled() and self.gradient != "none"
-        unique = {id(p): p for p in (*module, *self.params) if p.requires_grad}
+        unique = {id(p): p for p in (*module, *given) if p.requires_grad}
         self.params = tuple(unique.values())
 
     def _check_method(self) -> None:
@@ -119,12 +138,23 @@ class SolveRequest:
                 f"{self.method} has no step control: give steps instead of rtol and atol, or use "
                 "dopri5, tsit5, bosh3, dopri8, fehlberg2 or adaptive_heun"
             )
-        if self.adaptive and isinstance(self.steps, int):
+        if self.adaptive and not (self.steps is None or isinstance(self.steps, Tensor)):
             raise InputError("give steps=N or tolerances, not both; a grid goes with tolerances")
         if self.adaptive and self.table is not None:
             raise InputError("a time table needs fixed steps: adaptive ones are not known before")
         if "jump_t" in self.options or "grid_constructor" in self.options:
             raise InputError("put the times of jumps and grids into steps (a grid of times)")
+        own_steps = self.tableau is not None and self.gradient != "continuous"
+        if self.table is not None and not own_steps:
+            raise InputError(
+                "a time table needs an explicit Runge-Kutta method and a gradient other than "
+                f'"continuous", got {self.method} and {self.gradient!r}'
+            )
+        if self.options and own_steps and not self.adaptive:
+            raise InputError(
+                f"explicit methods with fixed steps have no options, got {sorted(self.options)}: "
+                "lay out the steps by steps=N or a grid of times"
+            )
         if self.gradient == "discrete" and self.tableau is None:
             raise GradientError(
                 f"the discrete adjoint is for explicit Runge-Kutta methods, got {self.method}: use "
@@ -158,6 +188,7 @@ class SolveRequest:
             common |= self.tolerances
         with record_stats() as log:
             if self.gradient == "continuous":
+                self._refuse_lost_gradients(t[0])
                 extra = () if self.cond is None else (self.cond,)
                 common["adjoint_params"] = (*self.params, *extra)
                 y = odeint_adjoint(self.call, self.x0, t, **common)
@@ -166,11 +197,26 @@ class SolveRequest:
                     y = odeint(self.call, self.x0, t, **common)
         return Solution(y if self.save == "all" else y[-1], t.detach(), log[-1])
 
+    def _refuse_lost_gradients(self, t: Tensor) -> None:
+        """Raise if the field depends on an unknown tensor that requires grad."""
+        if self.keeps_graph:
+            with torch.enable_grad():
+                leaf = self.x0.detach().requires_grad_()
+                k = self.call(t.detach().to(real_dtype(leaf.dtype)), leaf)
+            known = (*self.params, *(() if self.cond is None else (self.cond,)))
+            KnownTensors(known).refuse_lost(k, leaf)
+
     def by_steps(self) -> Solution:
         """Solve by explicit Runge-Kutta steps."""
         assert self.tableau is not None
+        compiling = torch.compiler.is_compiling()
+        discrete = self.keeps_graph and self.gradient == "discrete"
+        if compiling or is_transformed():
+            discrete = False  # they derive the same gradient from the unrolled steps
         dtype = self.x0.dtype
         x = self.x0.float() if dtype in (torch.float16, torch.bfloat16) else self.x0
+        if discrete and x.is_inference():
+            x = x.clone()  # an inference tensor cannot be kept for the backward pass
         kernels = choose_kernels(x, self.backend)
         tableau, grid = self.tableau.advancing, make_grid(self.t0, self.t1, self.steps)
         known, control = None, None
@@ -186,9 +232,6 @@ class SolveRequest:
             )
             keep_inputs = self.keeps_graph and not self.checkpoint_every
             grid, known, control = find_accepted_steps(problem, grid, kernels, keep_inputs)
-        discrete = self.keeps_graph and self.gradient == "discrete"
-        if torch.compiler.is_compiling():
-            discrete = False  # the compiler derives the same gradient from the unrolled steps
         plan = DiscretePlan(
             field=StageField(self.field, dtype),
             tableau=tableau,
@@ -200,6 +243,7 @@ class SolveRequest:
             own_times=self.table is None,
         )
         table = self._time_rows(tableau, grid.detach() if discrete else grid)
+        versions = [] if compiling or is_traced() else _versions(x, table)
         if discrete:
             y = DiscreteSolve.apply(plan, x, grid, table, self.cond, *self.params)
         elif known is not None and not self.keeps_graph:
@@ -208,11 +252,16 @@ class SolveRequest:
             with torch.set_grad_enabled(self.keeps_graph):
                 y = _unroll(plan, x, table, self.cond)
         assert isinstance(y, Tensor)
+        if versions and versions != _versions(x, table):
+            raise InputError(
+                "the field changed t or x in place, which spoils the other steps: write t = t * 2 "
+                "and the like in place of t *= 2"
+            )
         t = grid.detach()
         if self.adaptive and plan.save_all and isinstance(self.steps, Tensor):
             t = self.steps.detach().to(torch.float64)
             y = y[torch.isin(grid.detach(), t)]
-        if not torch.compiler.is_compiling():
+        if not compiling:
             if y.device.type == "cpu" and not is_traced():
                 _check_finite(plan, x, table, self.cond, y, grid)
             return Solution(y.to(dtype), t, self._report(plan, control, grid))
@@ -244,6 +293,11 @@ class SolveRequest:
         )
         report(stats)
         return stats
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    """How often each was changed in place; torch does not count it for inference tensors."""
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 def _unroll(plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None) -> Tensor:
