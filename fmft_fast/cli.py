@@ -268,3 +268,7 @@ def run_info(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft info`."""
     print(json.dumps(package_info(), indent=1) if known.json else info_text())
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,6 +34,7 @@ from fmft_fast.tasks import Task, find_task
 from fmft_fast.train import FinetuneConfig, PretrainConfig, read_metrics
 from fmft_fast.train.checkpoint import versions
 from fmft_fast.train.config import format_toml
+from fmft_fast.train.logging import progress_bar
 
 Medians = Mapping[int, Mapping[str, float]]
 
@@ -194,7 +195,7 @@ def _run_jobs(jobs: Sequence[_Job], workers: int, place: Place) -> None:
     running: dict[BaseProcess, _Job] = {}
     context = multiprocessing.get_context("spawn")
     total = sum(job.pretrain.steps + job.finetune.steps for job in jobs)
-    with tqdm(total=total, desc="demo", disable=place.quiet, unit="step") as bar:
+    with progress_bar(total, "demo", show=not place.quiet, unit="step") as bar:
         try:
             while waiting or running:
                 # Fine-tuning waits for its seed's pre-training, whoever has a worker free.
@@ -230,10 +231,9 @@ def _check_ended(process: BaseProcess, job: _Job, place: Place) -> None:
 
 def _show(bar: tqdm, jobs: Sequence[_Job]) -> None:
     done = [job.steps_done() for job in jobs]
-    bar.n = sum(count for count, _ in done)
-    bar.set_postfix_str(
-        ", ".join(f"seed {job.seed} {doing}" for job, (_, doing) in zip(jobs, done, strict=True))
-    )
+    stages = [f"seed {job.seed} {doing}" for job, (_, doing) in zip(jobs, done, strict=True)]
+    bar.set_postfix_str(", ".join(stages), refresh=False)
+    bar.update(sum(count for count, _ in done) - bar.n)
 
 
 def _sum_up(task: Task, place: Place, jobs: Sequence[_Job], started: float) -> dict[str, Any]:

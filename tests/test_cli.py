@@ -168,12 +168,21 @@ def test_help_version_and_info(capsys):
     assert "--finetune.solver_steps" in text and "torch" in text and "reference" in text
 
 
+@pytest.mark.parametrize("module", ["fmft_fast", "fmft_fast.cli"])
+def test_the_command_line_runs_as_a_module(module):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-m", module, "evaluate", "no-task", "--checkpoint", "x"]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and "unknown task 'no-task'" in ended.stderr
+
+
 def test_demo_with_more_workers_than_seeds_waits_for_the_pretrained_model():
     words = ["--pretrain.steps", "8", "--finetune.steps", "8", "--seeds", "4", "--workers", "3"]
     child = start_demo(*words)
     _, error = child.communicate(timeout=120)
     assert child.returncode == 0, error
     assert json.loads(Path("d/results.json").read_text())["seeds"] == [4]
+    assert error.count("demo:") < 4, "a bar in a file is a few lines"
 
 
 @pytest.mark.parametrize("dashed", ["--batch-size=8", "--pretrain.batch-size=8"])

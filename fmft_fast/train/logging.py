@@ -48,9 +48,7 @@ class RunLog:
         self._start = time.perf_counter()
         self._columns: tuple[str, ...] = ()
         self._board = _open_board(folder) if tensorboard else None
-        self._bar = tqdm(
-            total=steps, desc=title, disable=not screen, file=sys.stderr, mininterval=0.5
-        )
+        self._bar = progress_bar(steps, title, show=screen)
 
     def rewind(self, step: int) -> None:
         """Forget what was written after `step`: a resumed run writes it again."""
@@ -109,6 +107,21 @@ class RunLog:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def progress_bar(total: int, title: str, *, show: bool, unit: str = "it") -> tqdm:
+    """Give a bar on stderr; where that is a file, each picture is a line: one in 30 s will do."""
+    interval_s = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total,
+        desc=title,
+        disable=not show,
+        file=sys.stderr,
+        unit=unit,
+        mininterval=interval_s,
+        maxinterval=interval_s,
+        miniters=0,
+    )
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 
 from fmft_fast.errors import CheckpointError, ConfigError, MissingDependencyError, NonFiniteError
 from fmft_fast.train import FitConfig, LoaderBatches, fit, load_checkpoint, read_metrics
+from fmft_fast.train.logging import progress_bar
 from fmft_fast.train.optim import lr_factor
 from fmft_fast.train.progress import load_random_state
 
@@ -232,6 +234,15 @@ def test_a_run_on_a_gpu_goes_on_where_it_stopped(tmp_path):
     for name, value in weights(whole).items():
         assert value.is_cuda
         torch.testing.assert_close(weights(resumed)[name], value)
+
+
+def test_a_bar_in_a_file_is_a_few_lines(capsys):
+    with progress_bar(20, "work", show=True) as bar:
+        for _ in range(20):
+            time.sleep(0.06)
+            bar.update()
+    pictures = [part for part in re.split(r"[\r\n]+", capsys.readouterr().err) if part.strip()]
+    assert [picture.split("%")[0].split()[-1] for picture in pictures] == ["0", "100"]
 
 
 def test_absent_tensorboard_names_the_extra(tmp_path, monkeypatch):
