@@ -75,9 +75,10 @@ class MLP(nn.Module):
         """
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise InputError(f"x must be [batch, {self.dim}], got {list(x.shape)}")
-        if (cond is None) != (self.cond_dim == 0):
-            got = "none" if cond is None else list(cond.shape)
-            raise InputError(f"this field has cond_dim = {self.cond_dim}, got cond {got}")
+        wanted = [len(x), self.cond_dim] if self.cond_dim else "none"
+        got = "none" if cond is None else list(cond.shape)
+        if got != wanted:
+            raise InputError(f"cond must be {wanted} (cond_dim = {self.cond_dim}), got {got}")
         time = t.to(x).expand(x.shape[0]).unsqueeze(1)
         z = torch.cat([x, time] if cond is None else [x, cond, time], dim=1)
         *hidden, last = self.linears

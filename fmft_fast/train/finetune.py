@@ -40,6 +40,8 @@ from fmft_fast.train.optim import pick_device
 Data = Tensor | tuple[Tensor, ...] | Iterable[Any]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 WATCHED_ROWS = 1024
+# Two samples of fewer rows differ in spread by chance alone.
+SPREAD_ROWS = 32
 
 
 class _Trainer:
@@ -76,12 +78,12 @@ class _Trainer:
             rows, kept = None, None if heldout is None else self._columns(heldout)
         else:
             rows, kept = self._split(self._columns(data), heldout)
-        sight = kept if kept is not None else rows
+        sight = rows if rows is not None else kept
         if sight is None:
             sight = cast_floats(as_batch(_first(data)), self._dtype)
-        self._sight: Batch = tuple(column[:WATCHED_ROWS].to(self._device) for column in sight)
+        self._sight = self._choose_rows(sight)
         _probe(self._field, self._sight)
-        self._heldout = None if kept is None else self._pair_heldout(kept)
+        self._heldout = None if kept is None else self._pair_heldout(self._choose_rows(kept))
         self._batches = self._source(data if rows is None else rows)
 
     def run(self, *, resume: bool = False) -> FitResult:
@@ -136,24 +138,26 @@ class _Trainer:
         kept = tuple(column[order[:aside].to(column.device)] for column in rows)
         return tuple(column[order[aside:].to(column.device)] for column in rows), kept
 
+    def _choose_rows(self, rows: Batch) -> Batch:
+        """Choose as many rows as are watched, anywhere: data are often sorted by class."""
+        chosen = torch.randperm(len(rows[0]), generator=self._random)[:WATCHED_ROWS]
+        return tuple(column[chosen.to(column.device)].to(self._device) for column in rows)
+
     def _pair_heldout(self, kept: Batch) -> Batch:
         """Pair held-out rows with noise never trained on, by the rule that training follows.
 
-        Every optimal-transport coupling is represented by exact transport over these rows.
+        Every optimal-transport coupling is represented by exact transport over these rows: the
+        pairing that each of them approximates, at once and for any number of rows.
         """
-        kept = tuple(column[:WATCHED_ROWS] for column in kept)
-        coupling = self._coupling
+        config, coupling = self.config, self._coupling
         if coupling.name.startswith("ot-"):
             weight = getattr(coupling, "cond_weight", 10.0)
             coupling = make_coupling("ot-minibatch", cond_weight=weight)
         if coupling.per_batch:
-            pairs = coupling.pair(*kept, generator=self._random)
-        else:
-            rule = make_coupling(self.config.coupling, **self.config.coupling_options)
-            moved = tuple(column.to(self._device) for column in kept)
-            rule.fit(*moved, field=self._field, generator=self._random)
-            pairs = rule.sample(len(kept[0]), generator=self._random)
-        return tuple(column.to(self._device) for column in as_columns(pairs))
+            return as_columns(coupling.pair(*kept, generator=self._random))
+        rule = make_coupling(config.coupling, **config.coupling_options)
+        rule.fit(*kept, field=self._field, generator=self._random)
+        return as_columns(rule.sample(len(kept[0]), generator=self._random))
 
     def _source(self, data: Any) -> BatchSource:
         """Make the endless stream of pairs (x0, x1[, cond])."""
@@ -185,7 +189,8 @@ class FlowMatchingTrainer(_Trainer):
             into memory for couplings that pair a whole data set.
         config: settings.
         heldout: like data, never trained on; by default a share `config.holdout` of the data
-            (of streamed loaders: nothing).
+            (of streamed loaders: nothing). 1024 rows of it at most are measured, paired with
+            noise of their own as the coupling does it (OT: by exact transport among them).
         evaluate: `evaluate(model)` gives more named numbers, lower being better.
         out: folder of the run; None writes nothing.
         progress: show the bar and the table.
@@ -269,7 +274,8 @@ class MLEFineTuner(_Trainer):
             into memory for couplings that pair a whole data set.
         config: settings.
         heldout: like data, never trained on; by default a share `config.holdout` of the data
-            (of streamed loaders: nothing).
+            (of streamed loaders: nothing). 1024 rows of it at most are measured, paired with
+            noise of their own as the coupling does it (OT: by exact transport among them).
         evaluate: `evaluate(model)` gives more named numbers, lower being better; any of them may
             be `config.metric`.
         out: folder of the run; None writes nothing.
@@ -374,7 +380,8 @@ class MLEFineTuner(_Trainer):
         seen = Pairs(self._watch_x0, *self._sight)
         path = self._solve(model, seen, max(choices), save="all").y
         measured["curvature"] = path_ratio(path)
-        measured["spread"] = spread(path[-1], seen.x1)
+        if len(seen.x1) >= SPREAD_ROWS:
+            measured["spread"] = spread(path[-1], seen.x1)
         return {**measured, **self._extra(model)}
 
     def _monitors(self) -> Sequence[Monitor]:
@@ -400,6 +407,10 @@ def _first(data: Any) -> Any:
 def _probe(field: nn.Module, rows: Batch) -> None:
     """Ask the field once, so that a wrong signature is named before training begins."""
     x, *cond = (column[:2] for column in rows)
+    if not x.is_floating_point():
+        raise InputTypeError(
+            f"expected floating-point data x1, got {x.dtype}; scale them to about unit variance"
+        )
     t = torch.full((len(x),), 0.5, dtype=x.dtype, device=x.device)
     with torch.no_grad():
         velocity = field(t, x, *cond)

@@ -53,7 +53,9 @@ def test_bad_call_is_refused():
     t = torch.tensor(0.0)
     with pytest.raises(InputError, match=r"x must be \[batch, 2\], got \[3, 4\]"):
         MLP(2)(t, torch.zeros(3, 4))
-    with pytest.raises(InputError, match="cond_dim = 1, got cond none"):
+    with pytest.raises(InputError, match=r"cond must be \[3, 1\] .*got none"):
         MLP(2, cond_dim=1)(t, torch.zeros(3, 2))
-    with pytest.raises(InputError, match="cond_dim = 0, got cond"):
+    with pytest.raises(InputError, match=r"cond must be \[3, 1\] .*got \[3\]"):
+        MLP(2, cond_dim=1)(t, torch.zeros(3, 2), torch.zeros(3))
+    with pytest.raises(InputError, match="cond must be none"):
         MLP(2)(t, torch.zeros(3, 2), torch.zeros(3, 1))

@@ -180,6 +180,20 @@ def test_training_rows_and_heldout_rows_are_apart(field):
     assert not trained & held
 
 
+def test_watched_rows_are_a_fair_sample_of_sorted_data(field):
+    """The first rows alone would be one mode: pairs without the other, and a wrong spread."""
+    data = toys.two_modes(6000).sort(0).values
+    config = FinetuneConfig(**QUICK, coupling_options={"size": 64})
+    tuner = MLEFineTuner(copy.deepcopy(field), data, heldout=data, config=config, progress=False)
+    for x1 in (tuner._sight[0], tuner._heldout[1]):
+        assert len(x1) == 1024 and 0.4 < float((x1 > 0).double().mean()) < 0.6
+
+
+def test_a_handful_of_rows_is_no_evidence_of_collapse(field):
+    result = tune(field, torch.full((5, 1), 2.0), select="last")
+    assert result.findings == () and "spread" not in result.history[-1]
+
+
 def test_fields_that_cannot_work_are_refused_at_once():
     x1 = torch.randn(50, 2)
 
@@ -195,6 +209,8 @@ def test_fields_that_cannot_work_are_refused_at_once():
         FlowMatchingTrainer(Exchanged(), x1, progress=False)
     with pytest.raises(InputError, match=r"as many conditions as data.*\[50, 40\]"):
         FlowMatchingTrainer(MLP(2), (x1, torch.zeros(40, 1)), progress=False)
+    with pytest.raises(InputTypeError, match="floating-point data x1, got torch.uint8"):
+        FlowMatchingTrainer(MLP(2), x1.byte(), progress=False)
     with pytest.raises(InputTypeError, match="expected an nn.Module"):
         FlowMatchingTrainer(lambda t, x: x, x1, progress=False)
     with pytest.raises(InputError, match="unknown coupling 'best'"):
