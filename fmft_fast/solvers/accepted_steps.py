@@ -15,7 +15,7 @@ States = list[Tensor]
 @torch.no_grad()
 def find_accepted_steps(
     problem: Problem, times: Tensor, kernels: StepKernels, keep_inputs: bool
-) -> tuple[Tensor, tuple[States, list[States]], AdaptiveSolver]:
+) -> tuple[Tensor, tuple[States, list[States], Tensor], AdaptiveSolver]:
     """Control the steps so that they meet every one of `times` [T].
 
     Args:
@@ -26,14 +26,14 @@ def find_accepted_steps(
 
     Returns:
         The grid [N + 1], differentiable in `times`: a step keeps its size, and the one that meets
-        a time takes up its change. The states [N + 1] and the stage inputs [N][s] (empty lists if
-        not kept). The solver, for its counts.
+        a time takes up its change. The states [N + 1], the stage inputs [N][s] (empty lists if not
+        kept) and the first slope. The solver, for its counts.
     """
     solver = AdaptiveSolver(problem, kernels, problem.options, strict=True)
     targets = [solver.direction * t for t in times.tolist()]  # sync: control is on the host
     solver.stops = sorted({*solver.stops, *targets[1:]})
     nodes: list[tuple[int, float]] = [(0, 0.0)]
-    states: States = [problem.y0.detach()]
+    states, slope = [problem.y0.detach()], solver.f
     inputs: list[States] = []
     for j, target in enumerate(targets[1:]):
         attempts = 0
@@ -49,7 +49,7 @@ def find_accepted_steps(
     with torch.enable_grad():
         shift = torch.tensor(offsets, dtype=torch.float64, device=times.device)
         grid = times[torch.tensor(index, device=times.device)] + shift
-    return grid, (states, inputs), solver
+    return grid, (states, inputs, slope), solver
 
 
 def _stage_inputs(solver: AdaptiveSolver) -> States:

@@ -64,7 +64,7 @@ class DiscretePlan:
         h: [N] signed steps.
         save_all: whether the result is [N + 1, *state] or the final state.
         checkpoint_every: keep every so many states only; 0 keeps all stage inputs.
-        known: states [N + 1] and stage inputs [N][s] of a solve that has been done already.
+        known: states [N + 1], stage inputs [N][s] and first slope of a solve that was done already.
         own_times: whether the field gets the times of the grid (or what a user's table holds).
     """
 
@@ -74,7 +74,7 @@ class DiscretePlan:
     h: Sequence[Step]
     save_all: bool
     checkpoint_every: int = 0
-    known: tuple[list[Tensor], list[list[Tensor]]] | None = None
+    known: tuple[list[Tensor], list[list[Tensor]], Tensor] | None = None
     own_times: bool = True
 
     def step(
@@ -107,7 +107,9 @@ class DiscreteSolve(torch.autograd.Function):
         def evaluate(n: int, i: int, y: Tensor) -> Tensor:
             if n or i:
                 around.note(n, i)
-                return plan.field(times[n][i], y, cond)
+                k = plan.field(times[n][i], y, cond)
+                around.keep(k)
+                return k
             around.begin()
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_()
@@ -117,15 +119,16 @@ class DiscreteSolve(torch.autograd.Function):
             return k.detach()
 
         if plan.known is not None:
-            states, inputs = plan.known
+            states, inputs, slope = plan.known
             evaluate(0, 0, states[0])
+            around.end_adaptive(slope)
         else:
             states, inputs = [x0.detach()], []
             for n in range(len(plan.h)):
                 y, stages = plan.step(n, states[-1], evaluate)
                 states.append(y)
                 inputs.append([] if plan.checkpoint_every else stages)
-        around.end(adaptive=plan.known is not None)
+            around.end()
         if any(ctx.needs_input_grad):
             ctx.plan, ctx.times, ctx.around = plan, times, around
             ctx.inputs = inputs
@@ -265,8 +268,10 @@ class _Backward:
     def check(self, n: int, i: int, k: Tensor, t: Tensor, y: Tensor) -> None:
         """Look for a field that changed; once per step, since a walk of the graph takes time."""
         if n == i == 0:
-            self.around.check(k)
+            self.around.check(k, self.around.first)
         if i == self.plan.tableau.stages - 1:
+            if n == len(self.plan.h) - 1 and self.around.last is not self.around.first:
+                self.around.check(k, self.around.last)
             self.known.refuse_lost(k, t, y)
 
     @staticmethod

@@ -41,7 +41,8 @@ def solve(
         x0: initial state of any shape, real or complex; bf16 and fp16 are integrated in float32.
         t0, t1: initial and final time, numbers or 0-d tensors; t1 < t0 integrates backwards.
         method: explicit Runge-Kutta methods have all gradients; the other names in
-            `fmft_fast.METHODS` work with gradient="backprop" or "none" ("continuous" too).
+            `fmft_fast.METHODS` work with gradient="backprop", "continuous" or "none" (scipy_solver
+            not with "backprop").
         steps: number of equal steps, or a strictly monotonic grid [N + 1] of times, which replaces
             t0 and t1. With tolerances a grid gives the times that the steps must meet.
         rtol, atol: tolerances; giving one makes the steps adaptive (default of the other: 1e-5).

@@ -39,6 +39,7 @@ class Surroundings:
         self.notes: dict[tuple[int, int], tuple[list[Tensor], list[Tensor | None]]] = {}
         self.random = False
         self.first: Tensor | None = None
+        self.last: Tensor | None = None
 
     def begin(self) -> None:
         """Called before the first evaluation of the forward pass."""
@@ -59,8 +60,11 @@ class Surroundings:
             values = [value for value, m in zip(self._values, moved, strict=True) if m]
             self.notes[0, 0] = (self._before if self.random else [], values)
         del self._held, self._values
-        if self.device.type == "cpu":  # a comparison on a GPU would sync
-            self.first = k.detach()
+        self.first = self.last = self._reference(k)
+
+    def _reference(self, k: Tensor) -> Tensor | None:
+        """What a repeated evaluation is compared with; on a GPU that would sync."""
+        return k.detach() if self.device.type == "cpu" else None
 
     @property
     def noting(self) -> bool:
@@ -73,18 +77,27 @@ class Surroundings:
             values = [b if b is None else b.clone() for b in self._buffers()]
             self.notes[n, i] = (self._generators() if self.random else [], values)
 
-    def end(self, adaptive: bool) -> None:
-        """Called after the forward pass; refuses what cannot be repeated."""
-        if adaptive and self.noting:
-            raise GradientError(
-                "the field draws random numbers or changes its buffers, so adaptive steps have no "
-                "exact gradient: give steps=N, or put the field in eval() mode"
-            )
-        if not self.random and self._drew():
+    def keep(self, k: Tensor) -> None:
+        """Called with the result of every evaluation of the forward pass."""
+        self.last = self._reference(k)
+
+    def end(self) -> None:
+        """Called after the forward pass: refuse what was not noted and is not compared later."""
+        if not self.random and self.device.type != "cpu" and self._drew():
             raise GradientError(
                 "random numbers were drawn during the solve, but not in its first evaluation of "
                 f"the field, so they were not noted for the backward pass. {_REMEDY}"
             )
+
+    def end_adaptive(self, slope: Tensor) -> None:
+        """Called instead where step control has run before, with its first slope."""
+        drew = self.random and self.device.type != "cpu"
+        if drew or self.slots or _change(slope, self.first):
+            raise GradientError(
+                "the field draws random numbers or changes its buffers, so adaptive steps have no "
+                "exact gradient: give steps=N, or put the field in eval() mode"
+            )
+        self.random = False  # what drew was another thread
 
     def restore(self, n: int, i: int) -> None:
         """Called before evaluation (n, i) is repeated."""
@@ -98,17 +111,15 @@ class Surroundings:
         for (module, name), value in zip(self.slots, values, strict=True):
             module._buffers[name] = value if value is None else value.clone()
 
-    def check(self, k: Tensor) -> None:
-        """Called with the repeated result of the first evaluation: it must be the same."""
-        if self.first is None or not k.numel():
-            return
-        size, change = self.first.abs().max(), (k.detach() - self.first).abs().max()
-        if bool(change > torch.finfo(k.dtype).eps ** (2 / 3) * size):
+    @staticmethod
+    def check(k: Tensor, before: Tensor | None) -> None:
+        """Called with the repeated result of the first and last evaluation: must be the same."""
+        if change := _change(k, before):
             raise GradientError(
                 "the field gave another result in the backward pass for the same input (relative "
-                f"change {float(change / size):.1e}): it has a hidden state, such as a generator "
-                "of its own or buffers of a module behind a lambda. Pass the nn.Module itself as "
-                f"field. {_REMEDY}"
+                f"change {change:.1e}): it has a hidden state, such as a generator of its own or "
+                "buffers of a module behind a lambda, or another thread drew random numbers "
+                f"meanwhile. Pass the nn.Module itself as field. {_REMEDY}"
             )
 
     def autocasting(self) -> Any:
@@ -143,6 +154,15 @@ class Surroundings:
         return [
             (id(b), 0 if b is None or b.is_inference() else b._version) for b in self._buffers()
         ]
+
+
+def _change(k: Tensor, before: Tensor | None) -> float:
+    """Relative change beyond rounding, or 0; nothing to compare with is no change."""
+    if before is None or not k.numel():
+        return 0.0
+    size, change = before.abs().max(), (k.detach() - before).abs().max()
+    changed = change > torch.finfo(k.dtype).eps ** (2 / 3) * size
+    return float(change / size) if changed else 0.0
 
 
 class KnownTensors:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -160,6 +159,11 @@ class SolveRequest:
                 f"the discrete adjoint is for explicit Runge-Kutta methods, got {self.method}: use "
                 'gradient="backprop", "continuous" or "none"'
             )
+        if self.gradient == "backprop" and family == "scipy":
+            raise GradientError(
+                f"{self.method} works outside of torch and has no graph: use "
+                'gradient="continuous" or "none"'
+            )
         if self.gradient == "continuous" and family == "adaptive" and not self.adaptive:
             raise InputError(f'gradient="continuous" with {self.method} needs rtol and atol')
 
@@ -168,7 +172,7 @@ class SolveRequest:
         """Whether tolerances were given."""
         return self.rtol is not None or self.atol is not None
 
-    @cached_property
+    @property
     def tolerances(self) -> dict[str, float]:
         """The tolerances with their defaults."""
         return {

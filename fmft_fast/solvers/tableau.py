@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 Row = tuple[float, ...]
@@ -24,6 +24,8 @@ class Tableau:
         b_err: [s] weights of the error estimate (b minus those of the embedded solution), or None.
         mid: [s] weights of the solution at t + h/2, from which the quartic dense output is made,
             or None.
+        advancing: the same step without the last stage of a FSAL method, which only the error
+            needs.
 
     Source: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", chapter II.
     """
@@ -35,6 +37,8 @@ class Tableau:
     b: Row
     b_err: Row | None = None
     mid: Row | None = None
+    # Not a cached_property: its lock cannot be traced by torch.compile.
+    advancing: Tableau = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         s = len(self.c)
@@ -47,6 +51,10 @@ class Tableau:
             assert len(self.b_err) == s and abs(sum(self.b_err)) < 1e-8, f"{self.name}: b_err"
         if self.mid is not None:
             assert len(self.mid) == s and abs(sum(self.mid) - 0.5) < 1e-8, f"{self.name}: mid"
+        advancing = self
+        if self.fsal:
+            advancing = Tableau(self.name, self.order, self.c[:-1], self.a[:-1], self.b[:-1])
+        object.__setattr__(self, "advancing", advancing)
 
     @property
     def stages(self) -> int:
@@ -62,13 +70,6 @@ class Tableau:
     def fsal(self) -> bool:
         """True when the last stage is the first one of the next step ("first same as last")."""
         return self.explicit and self.c[-1] == 1 and self.a[-1] == self.b[:-1] and self.b[-1] == 0
-
-    @cached_property
-    def advancing(self) -> Tableau:
-        """The same step without the last stage of a FSAL method, which only the error needs."""
-        if not self.fsal:
-            return self
-        return Tableau(self.name, self.order, self.c[:-1], self.a[:-1], self.b[:-1])
 
     @cached_property
     def dense(self) -> tuple[Row, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -251,6 +254,7 @@ MISTAKES = (
     ({"steps": 2, "options": {"perturb": True}}, InputError, "perturb"),
     ({"steps": 2, "time_table": W, "gradient": "continuous"}, InputError, "time table"),
     ({"steps": 2, "time_table": W, "method": "gl4", "gradient": "none"}, InputError, "time table"),
+    ({"rtol": 0.1, "method": "scipy_solver", "gradient": "backprop"}, GradientError, "continuous"),
     ({"rtol": 0.0, "atol": 0.0, "method": "dopri5"}, InputError, "atol > 0"),
 )
 
@@ -281,3 +285,32 @@ def test_a_tuple_field_may_drop_a_dimension_as_in_torchdiffeq():
 def test_the_alias_is_found_by_those_who_look_before_they_import():
     with patched_torchdiffeq():
         assert importlib.util.find_spec("torchdiffeq") is not None
+
+
+def test_the_first_solve_of_a_process_may_be_compiled():
+    script = """
+import torch, fmft_fast
+x = torch.randn(4, 3)
+run = lambda x: fmft_fast.solve(lambda t, x: x.sin(), x, method="dopri5", steps=2).y
+compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+torch.testing.assert_close(compiled, run(x))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_random_numbers_of_another_thread_do_not_disturb_a_solve():
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.randn(1000)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for kwargs in ({"steps": 4}, {"rtol": 1e-3, "method": "dopri5"}) * 30:
+            solve(Field(), start(), **kwargs).y.sum().backward()
+    finally:
+        stop.set()
+        thread.join()
