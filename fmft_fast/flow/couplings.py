@@ -13,6 +13,7 @@ and those with `per_batch = True` can also pair a batch that a DataLoader brings
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from dataclasses import dataclass
@@ -349,7 +350,7 @@ COUPLINGS: dict[str, type[Coupling]] = {
 }
 
 
-def make_coupling(name: str, **options: Any) -> Coupling:
+def make_coupling(name: str, /, **options: Any) -> Coupling:
     """Make a coupling by name with its options.
 
     Raises:
@@ -361,7 +362,7 @@ def make_coupling(name: str, **options: Any) -> Coupling:
     """
     if name not in COUPLINGS:
         raise InputError(f"unknown coupling {name!r}; choose one of {', '.join(sorted(COUPLINGS))}")
-    known = getattr(COUPLINGS[name], "__dataclass_fields__", {})
+    known = list(inspect.signature(COUPLINGS[name]).parameters)
     for option in options:
         if option not in known:
             raise InputError(

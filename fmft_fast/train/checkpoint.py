@@ -45,7 +45,7 @@ class Checkpoint:
         training: nested state of everything that resuming needs (tensors and plain values).
         config: the run's configuration.
         metrics: the newest evaluation.
-        architecture: class and tensors of the model, to tell a foreign checkpoint from ours.
+        architecture: class and tensors of the model, for readers.
     """
 
     step: int
@@ -59,11 +59,8 @@ class Checkpoint:
 def describe_field(model: nn.Module) -> dict[str, Any]:
     """Name the class of a model and the dtype and shape of each of its tensors."""
     cls = type(model)
-    tensors = {
-        name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
-        for name, value in model.state_dict().items()
-    }
-    return {"class": f"{cls.__module__}.{cls.__qualname__}", "tensors": tensors}
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return {"class": name, "tensors": _describe(model.state_dict())}
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
@@ -98,22 +95,22 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = resolve(path)
     _verify(folder)
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT or state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder / 'state.json'}: expected format {FORMAT} {FORMAT_VERSION}, got "
-            f"{state.get('format')} {state.get('format_version')}; read it with the version of "
-            f"fmft_fast that wrote it ({state.get('versions', {}).get('fmft_fast', 'unknown')})"
-        )
+    state = _read_state(folder / "state.json")
     tensors = _read_tensors(folder / "training.safetensors")
-    return Checkpoint(
-        step=state["step"],
-        model=_read_tensors(folder / "model.safetensors"),
-        training=_unpack(state["training"], tensors),
-        config=state["config"],
-        metrics=state["metrics"],
-        architecture=state["architecture"],
-    )
+    model = _read_tensors(folder / "model.safetensors")
+    try:
+        return Checkpoint(
+            step=state["step"],
+            model=model,
+            training=_unpack(state["training"], tensors),
+            config=state["config"],
+            metrics=state["metrics"],
+            architecture=state["architecture"],
+        )
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder / 'state.json'} lacks {error}; take another checkpoint"
+        ) from error
 
 
 def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
@@ -148,8 +145,7 @@ def check_field(model: nn.Module, checkpoint: Checkpoint, path: str | Path) -> N
 
     The class may differ (it may have been renamed or wrapped), names, dtypes and shapes may not.
     """
-    ours, theirs = describe_field(model), checkpoint.architecture
-    wanted, found = ours["tensors"], theirs["tensors"]
+    wanted, found = _describe(model.state_dict()), _describe(checkpoint.model)
     differences = [
         f"{name}: expected {_spell(wanted.get(name))}, got {_spell(found.get(name))}"
         for name in sorted(wanted.keys() | found.keys())
@@ -157,8 +153,9 @@ def check_field(model: nn.Module, checkpoint: Checkpoint, path: str | Path) -> N
     ]
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        theirs, ours = checkpoint.architecture.get("class", "unnamed"), describe_field(model)
         raise CheckpointError(
-            f"{path} belongs to another model ({theirs['class']}, here {ours['class']}): "
+            f"{path} belongs to another model ({theirs}, here {ours['class']}): "
             f"{'; '.join(differences[:3])}{more}; build the field as it was when the checkpoint "
             f"was written, or start from another checkpoint"
         )
@@ -196,9 +193,9 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint, *, best: bool = False) -> Path:
         """Write a checkpoint, move the links, and drop what is no longer kept."""
         saved = save_checkpoint(self.folder / f"step-{checkpoint.step:06d}", checkpoint)
-        self.link("last", checkpoint.step)
-        if best:
-            self.link("best", checkpoint.step)
+        # In this order: a run resumed from `last` relies on the best one that it remembers.
+        for name in ("best", "last") if best else ("last",):
+            self.link(name, checkpoint.step)
         self._drop_old()
         return saved
 
@@ -243,6 +240,14 @@ class CheckpointStore:
                 draft.unlink()
             else:
                 shutil.rmtree(draft)
+
+
+def _describe(weights: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Give dtype and shape of each tensor."""
+    return {
+        name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
+        for name, value in weights.items()
+    }
 
 
 def _spell(tensor: list[Any] | None) -> str:
@@ -319,6 +324,21 @@ def _verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / name} is corrupt: its SHA-256 is not the one in {SUMS}; {remedy}"
             )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; take another one") from error
+    found = state if isinstance(state, dict) else {}
+    if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: expected format {FORMAT} {FORMAT_VERSION}, got {found.get('format')} "
+            f"{found.get('format_version')}; read it with the version of fmft_fast that wrote it "
+            f"({found.get('versions', {}).get('fmft_fast', 'unknown')})"
+        )
+    return found
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -193,8 +193,10 @@ def test_wrong_use_is_refused_with_its_remedy():
     x1 = torch.zeros(4, 2)
     with pytest.raises(InputError, match="'ot-best'.*independent.*ot-semidiscrete"):
         make_coupling("ot-best")
-    with pytest.raises(InputError, match="no option 'k'; it takes size, cond_weight"):
+    with pytest.raises(InputError, match="no option 'k'; it takes size, cond_weight$"):
         make_coupling("ot-fixed", k=3)
+    with pytest.raises(InputError, match="'independent' has no option 'name'; it takes none"):
+        make_coupling("independent", name="x")
     with pytest.raises(InputError, match="size must be at least 1, got 0"):
         make_coupling("ot-semidiscrete", size=0)
     with pytest.raises(InputError, match="call fit"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
 import subprocess
@@ -101,17 +101,30 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, other, message):
         load_weights(other, tmp_path / "c")
 
 
-def test_other_format_version_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"junk", "state.json cannot be read"),
+        (b"[]", "expected format fmft-checkpoint 1, got None"),
+        (b'{"format": "fmft-checkpoint", "format_version": 99}', "checkpoint 1, got .* 99"),
+        (b'{"format": "fmft-checkpoint", "format_version": 1}', "state.json lacks 'step'"),
+    ],
+)
+def test_intact_files_of_another_format_are_refused(tmp_path, content, message):
     folder = save_checkpoint(tmp_path / "c", make())
-    state = json.loads((folder / "state.json").read_text())
-    rewritten = json.dumps({**state, "format_version": 99})
-    digest = subprocess.run(["sha256sum"], input=rewritten.encode(), capture_output=True)
-    (folder / "state.json").write_text(rewritten)
+    (folder / "state.json").write_bytes(content)
     sums = (folder / SUMS).read_text().splitlines()
-    sums[-1] = digest.stdout.decode().split()[0] + "  state.json"
+    sums[-1] = f"{hashlib.sha256(content).hexdigest()}  state.json"
     (folder / SUMS).write_text("\n".join(sums) + "\n")
-    with pytest.raises(CheckpointError, match="expected format fmft-checkpoint 1, got .* 99"):
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(folder)
+
+
+def test_a_checkpoint_of_weights_alone_can_be_loaded_and_refused(tmp_path):
+    save_checkpoint(tmp_path / "c", Checkpoint(3, nn.Linear(3, 2).state_dict()))
+    assert load_weights(nn.Linear(3, 2), tmp_path / "c").step == 3
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        load_weights(nn.Linear(3, 4), tmp_path / "c")
 
 
 def test_path_without_checkpoint_is_explained(tmp_path):
@@ -132,7 +145,7 @@ def test_a_save_killed_anywhere_leaves_a_loadable_checkpoint(tmp_path, monkeypat
     killed = 0
     for deadly in range(100):
         run = tmp_path / str(deadly)
-        CheckpointStore(run / "checkpoints").save(make(1))
+        CheckpointStore(run / "checkpoints").save(make(1), best=True)
         count = [0]
 
         def mortal(name, count=count, deadly=deadly):
@@ -148,13 +161,15 @@ def test_a_save_killed_anywhere_leaves_a_loadable_checkpoint(tmp_path, monkeypat
             for name in calls:
                 patch.setattr(os, name, mortal(name))
             try:
-                CheckpointStore(run / "checkpoints").save(make(1 if same_step else 2))
+                CheckpointStore(run / "checkpoints").save(make(1 if same_step else 2), best=True)
                 survived = True
             except Killed:
                 survived, killed = False, killed + 1
         assert load_checkpoint(run / "checkpoints" / "step-000001").step == 1
         store = CheckpointStore(run / "checkpoints")
-        assert load_checkpoint(store.get("last")).step in (1, 2)
+        last = load_checkpoint(store.get("last")).step
+        # The newest checkpoint was the best one when it was saved: nothing older may be it now.
+        assert last in (1, 2) and load_checkpoint(store.get("best")).step >= last
         assert not list((run / "checkpoints").glob(".*"))
         if survived:
             break
