@@ -16,7 +16,7 @@ from fmft_fast.commands import SECTIONS, Place
 from fmft_fast.errors import ConfigError, FmftError
 from fmft_fast.info import info_text, package_info
 from fmft_fast.tasks import STEPS, TASKS, find_task
-from fmft_fast.train.config import parse_overrides
+from fmft_fast.train.config import parse_overrides, read_toml
 from fmft_fast.version import __version__
 
 DESCRIPTION = """\
@@ -102,12 +102,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub = add("evaluate", run_evaluate, "Measure a checkpoint's samples against steps.")
     _add_task(sub)
     sub.add_argument("--checkpoint", required=True, help="run or checkpoint to measure")
-    sub.add_argument("--steps", type=_numbers, default=STEPS, help="numbers of Euler steps")
+    sub.add_argument("--steps", type=_counts, default=STEPS, help="numbers of Euler steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of noise and fresh data")
     sub.add_argument("--out", type=Path, help="folder for results.json")
     sub = add("demo", run_demo, "Show the gap and how fine-tuning closes it, on several seeds.")
-    sub.add_argument("--task", default="toy-gmm", help=f"one of {', '.join(TASKS)}")
-    sub.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="e.g. 0,1,2")
+    sub.add_argument("--task", help=f"one of {', '.join(TASKS)} (default toy-gmm)")
+    sub.add_argument("--seeds", type=_seeds, help="different numbers (default 0,1,2)")
     sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     _add_run_options(sub, *SECTIONS)
     sub = add("info", run_info, "Print versions, devices and backends, each with its cure.")
@@ -128,7 +128,10 @@ def _add_run_options(sub: argparse.ArgumentParser, *sections: str) -> None:
     sub.add_argument("--resume", action="store_true", help="continue the run in that folder")
     sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
     sub.add_argument(
-        "--measure", type=_numbers, default=STEPS, metavar="N,N", help="numbers of steps measured"
+        "--measure",
+        type=_counts,
+        metavar="N,N",
+        help=f"numbers of Euler steps measured (default {','.join(map(str, STEPS))})",
     )
     for name in sections:
         group = sub.add_argument_group(
@@ -176,14 +179,25 @@ def _overrides(known: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, lowest: int) -> tuple[int, ...]:
+    """Read different whole numbers."""
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or min(numbers) < 0:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,5, got {text!r}")
+    if not numbers or min(numbers) < lowest or len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(
+            f"expected different numbers from {lowest} on, such as 1,2,5, got {text!r}"
+        )
     return numbers
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return _numbers(text, 1)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return _numbers(text, 0)
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -195,19 +209,24 @@ def _place(known: argparse.Namespace, default: str) -> Place:
     return Place(out, known.resume, known.quiet)
 
 
-def _layers(
-    known: argparse.Namespace, place: Place, overrides: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Give the tables that set this run up: its own file when it is resumed, else --config."""
-    task = find_task(known.task)
+def _file(known: argparse.Namespace, place: Place) -> Path | None:
+    """Name the file that sets this run up: its own when it is resumed, else --config."""
     saved = place.out / "config.toml"
-    resuming = known.resume and saved.exists()
-    if resuming and known.config is not None:
+    if not (known.resume and saved.exists()):
+        return known.config
+    if known.config is not None:
         raise ConfigError(
             f"--resume goes on with {saved}, got --config {known.config} as well; drop one"
         )
-    file = saved if resuming else known.config
-    files = [] if file is None else [commands.read_run_file(file, task)]
+    return saved
+
+
+def _layers(
+    known: argparse.Namespace, place: Place, overrides: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Give the tables that set this run up, a later one lying over an earlier one."""
+    file = _file(known, place)
+    files = [] if file is None else [commands.read_run_file(file, find_task(known.task))]
     return [*files, overrides]
 
 
@@ -217,7 +236,7 @@ def run_pretrain(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     commands.check_overrides(overrides, ["pretrain"])
     place = _place(known, f"{task.name}/pretrain")
     config = commands.make_config("pretrain", task, _layers(known, place, overrides))
-    commands.pretrain(task, config, place, steps=known.measure)
+    commands.pretrain(task, config, place, steps=known.measure or STEPS)
     place.say(f"next: fmft finetune {task.name} --from {place.out}")
     return 0
 
@@ -230,7 +249,7 @@ def run_finetune(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     layers = _layers(known, place, overrides)
     config = commands.make_config("finetune", task, layers)
     start = known.start or layers[0].get("from") or Path("runs") / task.name / "pretrain"
-    commands.finetune(task, config, place, start=start, steps=known.measure)
+    commands.finetune(task, config, place, start=start, steps=known.measure or STEPS)
     return 0
 
 
@@ -244,22 +263,24 @@ def run_evaluate(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def run_demo(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft demo`."""
-    task = find_task(known.task)
     commands.check_overrides(overrides, list(SECTIONS))
     if "seed" in overrides:
         raise ConfigError(
             f"--seed: the demo takes several seeds; write --seeds {overrides['seed']}"
         )
     place = demo.choose_place(known.out, known.resume, known.quiet)
-    layers = _layers(known, place, overrides)
+    file = _file(known, place)
+    header = {} if file is None else read_toml(file)
+    known.task = known.task or header.get("task", "toy-gmm")
+    task, layers = find_task(known.task), _layers(known, place, overrides)
     demo.run(
         task,
         place,
-        seeds=known.seeds,
+        seeds=known.seeds or tuple(header.get("seeds", (0, 1, 2))),
         workers=known.workers,
         pretrain=commands.make_config("pretrain", task, layers),
         finetune=commands.make_config("finetune", task, layers),
-        steps=known.measure,
+        steps=known.measure or tuple(header.get("measure", STEPS)),
     )
     return 0
 

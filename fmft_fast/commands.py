@@ -15,20 +15,21 @@ from fmft_fast.errors import CheckpointError, ConfigError, MissingDependencyErro
 from fmft_fast.report import results_table, write_json
 from fmft_fast.tasks import STEPS, Task
 from fmft_fast.train import (
+    Checkpoint,
     FinetuneConfig,
     FitConfig,
     FitResult,
     FlowMatchingTrainer,
     MLEFineTuner,
     PretrainConfig,
-    load_weights,
+    load_checkpoint,
     read_metrics,
 )
-from fmft_fast.train.checkpoint import resolve, versions
+from fmft_fast.train.checkpoint import check_field, resolve, versions
 from fmft_fast.train.config import format_toml, merge, read_toml, section, unknown_key
 
 SECTIONS: dict[str, type[FitConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-HEADER = ("task", "from")
+HEADER = ("task", "from", "seeds", "measure")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,16 @@ def new_field(task: Task, seed: int) -> nn.Module:
         return task.make_field()
 
 
+def load_field(task: Task, path: str | Path) -> tuple[nn.Module, Checkpoint]:
+    """Give the task's field as a checkpoint holds it, in the dtype it was trained in."""
+    checkpoint = load_checkpoint(path)
+    dtype = getattr(torch, checkpoint.config.get("dtype", "float32"))
+    field = new_field(task, 0).to(dtype)
+    check_field(field, checkpoint, path)
+    field.load_state_dict(dict(checkpoint.model))
+    return field, checkpoint
+
+
 def pretrain(
     task: Task, config: PretrainConfig, place: Place, *, steps: Sequence[int] = STEPS
 ) -> dict[str, Any]:
@@ -125,9 +136,8 @@ def finetune(
     figures: bool = True,
 ) -> dict[str, Any]:
     """Fine-tune a pre-trained field through its solve, measure both, draw what changed."""
-    field = new_field(task, config.seed)
-    load_weights(field, start)
-    before = copy.deepcopy(field)
+    field, _ = load_field(task, start)
+    before = on_cpu(copy.deepcopy(field))
     data = task.make_data(config.seed)
     tuner = MLEFineTuner(
         field,
@@ -160,9 +170,8 @@ def evaluate(
     task: Task, checkpoint: str | Path, steps: Sequence[int], place: Place | None, *, seed: int = 0
 ) -> str:
     """Measure a checkpoint's samples; give the table, and write results.json where asked to."""
-    field = new_field(task, seed)
-    loaded = load_weights(field, checkpoint)
-    measured = {"model": task.evaluate(field, steps, seed=seed)}
+    field, loaded = load_field(task, checkpoint)
+    measured = {"model": task.evaluate(on_cpu(field), steps, seed=seed)}
     floor = task.noise_floor(seed=seed)
     if place is not None:
         content = {

@@ -33,7 +33,7 @@ from fmft_fast.report import (
 from fmft_fast.tasks import Task, find_task
 from fmft_fast.train import FinetuneConfig, PretrainConfig, read_metrics
 from fmft_fast.train.checkpoint import versions
-from fmft_fast.train.config import format_toml
+from fmft_fast.train.config import changes, format_toml
 from fmft_fast.train.logging import progress_bar
 
 Medians = Mapping[int, Mapping[str, float]]
@@ -108,15 +108,20 @@ def run(
         _Job(task.name, seed, place.out / f"seed-{seed}", pretrain, finetune, tuple(steps))
         for seed in seeds
     ]
+    for job in jobs:
+        job.check_finished()
     place.out.mkdir(parents=True, exist_ok=True)
-    header = format_toml({"task": task.name})
+    header = format_toml({"task": task.name, "seeds": list(seeds), "measure": list(steps)})
     text = f"{header}\n{pretrain.to_toml('pretrain')}\n{finetune.to_toml('finetune')}"
-    (place.out / "config.toml").write_text(text, encoding="utf-8")
+    file = place.out / "config.toml"
+    if not file.exists():
+        file.write_text(text, encoding="utf-8")
     place.say(
         f"{task.name}: {task.summary}.\nPre-training {pretrain.steps} steps, fine-tuning "
         f"{finetune.steps} steps, seeds {', '.join(map(str, seeds))}, in {place.out}"
     )
     _run_jobs(jobs, workers, place)
+    file.write_text(text, encoding="utf-8")
     content = _sum_up(task, place, jobs, started)
     place.say(_plain_words(content, jobs[0]))
     return content
@@ -139,6 +144,22 @@ class _Job:
     @property
     def pretrained(self) -> bool:
         return self.results("pretrain").exists()
+
+    def check_finished(self) -> None:
+        """Refuse other settings than those of a finished stage, which will not run again."""
+        for stage, config in (("pretrain", self.pretrain), ("finetune", self.finetune)):
+            if not self.results(stage).exists():
+                continue
+            content = json.loads(self.results(stage).read_text(encoding="utf-8"))
+            measured = [int(n) for n in content["results"].get("after", ())]
+            saved = {**content["config"], "measure": measured}
+            steps = list(self.steps) if stage == "finetune" else []
+            changed = changes(saved, {**config.to_dict(), "seed": self.seed, "measure": steps})
+            if changed:
+                raise ConfigError(
+                    f"seed {self.seed}: {stage} is finished already with other settings "
+                    f"({changed}); resume with the same ones, or begin a demo in another folder"
+                )
 
     def work(self, stage: str, figures: bool) -> None:
         task, place = find_task(self.task), Place(self.folder / stage, resume=True, quiet=True)
@@ -267,6 +288,7 @@ def _sum_up(task: Task, place: Place, jobs: Sequence[_Job], started: float) -> d
         "noise_floor": floor,
         "targets": [{**vars(t), "reached": t.reached} for t in judged],
         "seconds": round(time.perf_counter() - started, 1),
+        "resumed": place.resume,
         "by_seed": {str(job.seed): part for job, part in zip(jobs, parts, strict=True)},
         "versions": versions(),
     }
@@ -277,7 +299,8 @@ def _sum_up(task: Task, place: Place, jobs: Sequence[_Job], started: float) -> d
 def _plain_words(content: Mapping[str, Any], first: _Job) -> str:
     """Say what improved, what did not, and where everything lies."""
     reached = sum(target["reached"] for target in content["targets"])
-    lines = [f"{reached} of {len(content['targets'])} targets reached, {content['seconds']:.0f} s."]
+    seconds = f"{content['seconds']:.0f} s{' since it was resumed' if content['resumed'] else ''}"
+    lines = [f"{reached} of {len(content['targets'])} targets reached, {seconds}."]
     medians, steps = content["medians"], first.steps
     few, most = 2 if 2 in steps else min(steps), max(steps)
     lines.append(f"With {few} Euler steps (in brackets: pre-trained, with {most} steps):")

@@ -115,6 +115,7 @@ def test_overrides_lie_over_the_file_which_lies_over_the_task(tiny):
         (["evaluate", "tiny", "--checkpoint", "gone"], "gone does not exist"),
         (["evaluate", "tiny", "--checkpoint", "gone", "--lr", "1"], "takes no settings, got --lr"),
         (["demo", "--task", "tiny", "--seed", "1"], "write --seeds 1"),
+        (["demo", "--task", "tinny"], "unknown task 'tinny'"),
     ],
 )
 def test_mistakes_are_explained_in_one_line_with_exit_code_2(capsys, words, message):
@@ -123,6 +124,32 @@ def test_mistakes_are_explained_in_one_line_with_exit_code_2(capsys, words, mess
     assert message in error
     assert "Traceback" not in error
     assert error.startswith(f"fmft {words[0]}: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo", "--seeds", "1,1"],
+        ["demo", "--seeds=-1"],
+        ["pretrain", "tiny", "--measure", "0"],
+        ["evaluate", "tiny", "--checkpoint", "x", "--steps", "2,0"],
+    ],
+)
+def test_numbers_that_cannot_be_served_are_refused_before_any_work(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        fmft(*words)
+    assert ended.value.code == 2
+    assert "expected different numbers from" in capsys.readouterr().err
+
+
+def test_models_of_double_precision_go_through_all_commands():
+    for command in ("pretrain", "finetune"):
+        assert fmft(command, "tiny", *TINY, "--dtype", "float64", "--quiet", "--measure", "1") == 0
+    assert fmft("finetune", "tiny", *TINY, "--out", "single", "--quiet", "--measure", "1") == 0
+    runs = ("runs/tiny/pretrain", "runs/tiny/finetune", "single")
+    assert [fmft("evaluate", "tiny", "--checkpoint", run, "--steps", "1") for run in runs] == [
+        0
+    ] * 3
 
 
 def test_debug_shows_the_traceback():
@@ -224,9 +251,13 @@ DEMO = [
 
 
 def start_demo(*words):
+    return start("demo", "--task", "tiny", *DEMO, *words)
+
+
+def start(*words):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, tiny_task.__file__, "demo", "--task", "tiny", *DEMO, *words],
+        [sys.executable, tiny_task.__file__, *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -248,7 +279,9 @@ def test_demo_is_interrupted_resumed_and_sums_up():
     stopped = read_metrics(log)[-1]
     assert stopped["event"] == "interrupted" and 0 < stopped["step"] < 2000
 
-    second = start_demo("--resume", "--pretrain.steps", str(stopped["step"] + 20))
+    # Task, seeds and measures are those of the folder, as the message promised.
+    resume = ("demo", "--resume", "--out", "d")
+    second = start(*resume, "--pretrain.steps", str(stopped["step"] + 20))
     out, error = second.communicate(timeout=240)
     assert second.returncode == 0, error
     assert "Medians over seeds 0, 1" in out and "of 6 targets reached" in out and "Pictures" in out
@@ -257,3 +290,10 @@ def test_demo_is_interrupted_resumed_and_sums_up():
     assert Path("d/seed-0/finetune/figures/given.json").exists()
     assert not Path("d/seed-1/finetune/figures").exists()
     assert "| measure" in Path("d/results.md").read_text()
+
+    settings = Path("d/config.toml").read_text()
+    third = start(*resume, "--finetune.lr", "0.5")
+    _, error = third.communicate(timeout=60)
+    assert third.returncode == 2 and "seed 0: finetune is finished already" in error
+    assert "lr was 0.0005, now 0.5" in error
+    assert Path("d/config.toml").read_text() == settings

@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -271,6 +271,20 @@ def merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
             value = merge(old, value)
         merged[name] = value
     return merged
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str] = ()) -> str:
+    """Say which keys, but for the free ones, have another value than they had.
+
+    Example:
+        >>> changes({"lr": 0.1, "steps": 5}, {"lr": 0.2, "steps": 6}, free={"steps"})
+        'lr was 0.1, now 0.2'
+    """
+    return "; ".join(
+        f"{name} was {saved.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(saved.keys() | now.keys())
+        if name not in free and saved.get(name) != now.get(name)
+    )
 
 
 def section(table: Mapping[str, Any], name: str, sections: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fmft_fast.train.checkpoint import (
     describe_field,
     load_checkpoint,
 )
-from fmft_fast.train.config import FitConfig
+from fmft_fast.train.config import FitConfig, changes
 from fmft_fast.train.interrupt import stop_requests
 from fmft_fast.train.logging import RunLog
 from fmft_fast.train.monitors import Monitor
@@ -337,15 +337,10 @@ class _Run:
         load_random_state(self.random, state["random"])
 
     def _check_config(self, saved: Mapping[str, Any], path: Path) -> None:
-        ours = self.config.to_dict()
-        changed = [
-            f"{name} was {saved.get(name)!r}, now {ours.get(name)!r}"
-            for name in sorted(saved.keys() | ours.keys())
-            if name not in FREE_ON_RESUME and saved.get(name) != ours.get(name)
-        ]
+        changed = changes(saved, self.config.to_dict(), free=FREE_ON_RESUME)
         if changed:
             raise CheckpointError(
-                f"{path} was made with another configuration ({'; '.join(changed)}); resume with "
+                f"{path} was made with another configuration ({changed}); resume with "
                 f"the same one, or begin a new run in another folder"
             )
 
