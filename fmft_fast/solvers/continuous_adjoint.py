@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import GradientError, InputError
 from .drop_in import _combine, integrate, integrate_until_event, odeint
+from .events import attach_event_gradient
 from .inputs import (
     CALLBACKS,
     Norm,
@@ -149,7 +150,8 @@ def odeint_adjoint(
         adjoint_params: tensors that get gradients; default func.parameters().
 
     Returns:
-        As `odeint`.
+        As `odeint`. With event_fn the event time has its gradient, and the state at the event that
+        of a fixed time (see `odeint_event` for the rest).
 
     Raises:
         InputError: func is no nn.Module and adjoint_params is missing; or options cannot be
@@ -199,6 +201,9 @@ def odeint_adjoint(
     if event_fn is None:
         return problem.restore(result, (len(t),))
     event_t, solution = result
+    if solution.requires_grad:
+        assert problem.event_fn is not None
+        event_t, _ = attach_event_gradient(problem.field, problem.event_fn, event_t, solution[-1])
     return event_t.to(t), problem.restore(solution, (2,))
 
 

@@ -180,5 +180,8 @@ def test_gradients_of_events_agree(call, reverse_time, interface):
     theirs, ours = outcomes
     assert relative_difference(ours.result, theirs.result) <= 1e-9
     assert_same_gradients(theirs, ours, 1e-5)
-    # The slope at the event is evaluated in the forward pass here, in the backward pass there.
-    assert len(ours.times + ours.backward_times) == len(theirs.times + theirs.backward_times)
+    # The slope at the event is evaluated in the forward pass here, in the backward pass there; and
+    # once more for the gradient of odeint_adjoint's own event time, which is zero there.
+    extra = 1 if interface == "odeint_adjoint" else 0
+    calls = len(theirs.times + theirs.backward_times)
+    assert len(ours.times + ours.backward_times) == calls + extra
