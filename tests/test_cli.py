@@ -147,9 +147,8 @@ def test_models_of_double_precision_go_through_all_commands():
         assert fmft(command, "tiny", *TINY, "--dtype", "float64", "--quiet", "--measure", "1") == 0
     assert fmft("finetune", "tiny", *TINY, "--out", "single", "--quiet", "--measure", "1") == 0
     runs = ("runs/tiny/pretrain", "runs/tiny/finetune", "single")
-    assert [fmft("evaluate", "tiny", "--checkpoint", run, "--steps", "1") for run in runs] == [
-        0
-    ] * 3
+    for run in runs:
+        assert fmft("evaluate", "tiny", "--checkpoint", run, "--steps", "1") == 0
 
 
 def test_debug_shows_the_traceback():

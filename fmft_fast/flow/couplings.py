@@ -33,6 +33,8 @@ from fmft_fast.flow.transport import (
     split_weight,
 )
 
+COND_WEIGHT = 100.0
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -124,11 +126,12 @@ class OTMinibatch(Coupling):
     """Optimal transport inside each batch: an exact permutation, no draw with replacement.
 
     Args:
-        cond_weight: weight w of |c - c'|^2 in the cost; `math.inf` pairs only equal conditions,
-            as is always done for conditions of an integer dtype (labels).
+        cond_weight: weight w of |c - c'|^2 in the cost, for conditions of about unit variance (too
+            small a weight makes noise depend on conditions); `math.inf` pairs only equal
+            conditions, as is always done for conditions of an integer dtype (labels).
     """
 
-    cond_weight: float = 10.0
+    cond_weight: float = COND_WEIGHT
     name: ClassVar[str] = "ot-minibatch"
     per_batch: ClassVar[bool] = True
 
@@ -153,7 +156,7 @@ class OTFixed(Coupling):
     """
 
     size: int = 4096
-    cond_weight: float = 10.0
+    cond_weight: float = COND_WEIGHT
     name: ClassVar[str] = "ot-fixed"
 
     def __post_init__(self) -> None:
@@ -204,7 +207,7 @@ class OTSemidiscrete(Coupling):
     size: int = 2048
     fit_steps: int = 2000
     fit_batch: int = 512
-    cond_weight: float = 10.0
+    cond_weight: float = COND_WEIGHT
     name: ClassVar[str] = "ot-semidiscrete"
 
     def __post_init__(self) -> None:
@@ -358,7 +361,7 @@ def make_coupling(name: str, /, **options: Any) -> Coupling:
 
     Example:
         >>> make_coupling("ot-fixed", size=512)
-        OTFixed(size=512, cond_weight=10.0)
+        OTFixed(size=512, cond_weight=100.0)
     """
     if name not in COUPLINGS:
         raise InputError(f"unknown coupling {name!r}; choose one of {', '.join(sorted(COUPLINGS))}")
@@ -371,7 +374,9 @@ def make_coupling(name: str, /, **options: Any) -> Coupling:
     return COUPLINGS[name](**options)
 
 
-def pair_by_ot(x0: Tensor, x1: Tensor, cond: Tensor | None, cond_weight: float = 10.0) -> Pairs:
+def pair_by_ot(
+    x0: Tensor, x1: Tensor, cond: Tensor | None, cond_weight: float = COND_WEIGHT
+) -> Pairs:
     """Give x1 and cond in their order with the noise rows permuted to the least total cost.
 
     The cost is |x0 - x1|^2 + w |c - c'|^2, where each noise row carries the condition of the data

@@ -149,13 +149,12 @@ class _Trainer:
         Every optimal-transport coupling is represented by exact transport over these rows: the
         pairing that each of them approximates, at once and for any number of rows.
         """
-        config, coupling = self.config, self._coupling
-        if coupling.name.startswith("ot-"):
-            weight = getattr(coupling, "cond_weight", 10.0)
-            coupling = make_coupling("ot-minibatch", cond_weight=weight)
-        if coupling.per_batch:
-            return as_columns(coupling.pair(*kept, generator=self._random))
-        rule = make_coupling(config.coupling, **config.coupling_options)
+        name, options = self.config.coupling, self.config.coupling_options
+        if name.startswith("ot-"):
+            name, options = "ot-minibatch", {k: options[k] for k in options if k == "cond_weight"}
+        rule = make_coupling(name, **options)
+        if rule.per_batch:
+            return as_columns(rule.pair(*kept, generator=self._random))
         rule.fit(*kept, field=self._field, generator=self._random)
         return as_columns(rule.sample(len(kept[0]), generator=self._random))
 

@@ -150,6 +150,20 @@ def test_a_large_weight_keeps_noise_independent_of_vector_conditions(name):
     assert abs(mean[1e3]) < 0.15 and abs(mean[math.inf]) < 0.15
 
 
+@pytest.mark.parametrize("name", OT_NAMES)
+def test_the_default_weight_keeps_noise_independent_of_conditions_that_fix_the_data(name):
+    angle = 2 * math.pi * torch.rand(600, generator=seeded())
+    cond = angle[:, None] / 2
+    x1 = 2 * torch.stack([angle.cos(), angle.sin()], 1)
+    size = {} if name == "ot-minibatch" else {"size": 600}
+    related = {}
+    for weight in ({"cond_weight": 10.0}, {}):
+        pairs = fitted(name, x1, cond, **size, **weight).sample(600, generator=seeded(1))
+        side = torch.stack([pairs.x0[:, 0], (2 * pairs.cond[:, 0]).cos()])
+        related[len(weight)] = abs(float(torch.corrcoef(side)[0, 1]))
+    assert related[0] < 0.15 < 0.25 < related[1]
+
+
 def test_every_label_keeps_an_anchor_however_few_there_are():
     x1 = torch.randn(200, 2, generator=seeded())
     label = torch.zeros(200, dtype=torch.long)
