@@ -17,6 +17,7 @@ from fmft_fast.solvers import Solution, solve
 from fmft_fast.train.batches import (
     Batch,
     BatchSource,
+    LoaderBatches,
     LoaderPairs,
     PairBatches,
     as_batch,
@@ -80,7 +81,7 @@ class _Trainer:
             rows, kept = self._split(self._columns(data), heldout)
         sight = rows if rows is not None else kept
         if sight is None:
-            sight = cast_floats(as_batch(_first(data)), self._dtype)
+            sight = cast_floats(LoaderBatches(data, seed=config.seed).next(), self._dtype)
         self._sight = self._choose_rows(sight)
         _probe(self._field, self._sight)
         self._heldout = None if kept is None else self._pair_heldout(self._choose_rows(kept))
@@ -394,13 +395,6 @@ class MLEFineTuner(_Trainer):
 def _mean_distance(phi: Tensor, x1: Tensor) -> float:
     gap = (phi - x1).flatten(1)
     return float(gap.norm(dim=1).double().mean()) / gap.shape[1] ** 0.5
-
-
-def _first(data: Any) -> Any:
-    """Give the first batch of a loader, to know the shapes."""
-    for batch in data:
-        return batch
-    raise InputError("expected at least one batch, got an empty loader; give it data")
 
 
 def _probe(field: nn.Module, rows: Batch) -> None:

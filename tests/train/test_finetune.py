@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -187,6 +189,44 @@ def test_watched_rows_are_a_fair_sample_of_sorted_data(field):
     tuner = MLEFineTuner(copy.deepcopy(field), data, heldout=data, config=config, progress=False)
     for x1 in (tuner._sight[0], tuner._heldout[1]):
         assert len(x1) == 1024 and 0.4 < float((x1 > 0).double().mean()) < 0.6
+
+
+def test_a_streaming_trainer_sees_the_same_rows_whatever_the_global_stream(field):
+    loader = DataLoader(toys.two_modes(), batch_size=50, shuffle=True)
+    config = FinetuneConfig(**QUICK, coupling="ot-minibatch")
+    seen = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        tuner = MLEFineTuner(copy.deepcopy(field), loader, config=config, progress=False)
+        seen.append(tuner._sight[0])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*seen)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_trainer(field, tmp_path):
+    def train(out, evaluate):
+        config = FinetuneConfig(**QUICK, coupling="inversion", coupling_options={"steps": 4})
+        return MLEFineTuner(
+            copy.deepcopy(field),
+            toys.two_modes(),
+            config=config,
+            evaluate=evaluate,
+            out=out,
+            progress=False,
+        )
+
+    def evaluate(model):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    calls: list[int] = []
+    tuner = train(tmp_path / "cut", evaluate)
+    with pytest.raises(KeyboardInterrupt, match="step 10, saved in"):
+        tuner.run()
+    assert same(tuner.run(resume=True), train(tmp_path / "whole", lambda model: {}).run())
 
 
 def test_a_handful_of_rows_is_no_evidence_of_collapse(field):
