@@ -154,7 +154,11 @@ def _add_run_options(sub: argparse.ArgumentParser, *sections: str) -> None:
 
 
 def _help(item: dataclasses.Field) -> str:
-    default = "{}" if item.default is dataclasses.MISSING else item.default
+    """Describe a key, its default spelled as it would be typed."""
+    default = {} if item.default is dataclasses.MISSING else item.default
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    default = str(default).lower() if default is None or default is False else default
     choices = item.metadata["choices"]
     extra = f"; one of {', '.join(choices)}" if choices else ""
     return f"{item.metadata['text']} (default {default}{extra})".replace("%", "%%")
@@ -264,10 +268,9 @@ def run_evaluate(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def run_demo(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft demo`."""
     commands.check_overrides(overrides, list(SECTIONS))
-    if "seed" in overrides:
-        raise ConfigError(
-            f"--seed: the demo takes several seeds; write --seeds {overrides['seed']}"
-        )
+    for table in (overrides, *(overrides.get(name, {}) for name in SECTIONS)):
+        if "seed" in table:
+            raise ConfigError(f"the demo takes several seeds; write --seeds {table['seed']}")
     place = demo.choose_place(known.out, known.resume, known.quiet)
     file = _file(known, place)
     header = {} if file is None else read_toml(file)

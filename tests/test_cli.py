@@ -115,6 +115,7 @@ def test_overrides_lie_over_the_file_which_lies_over_the_task(tiny):
         (["evaluate", "tiny", "--checkpoint", "gone"], "gone does not exist"),
         (["evaluate", "tiny", "--checkpoint", "gone", "--lr", "1"], "takes no settings, got --lr"),
         (["demo", "--task", "tiny", "--seed", "1"], "write --seeds 1"),
+        (["demo", "--task", "tiny", "--pretrain.seed", "1"], "write --seeds 1"),
         (["demo", "--task", "tinny"], "unknown task 'tinny'"),
     ],
 )
@@ -191,6 +192,8 @@ def test_help_version_and_info(capsys):
         assert ended.value.code == 0
     assert fmft("info") == 0
     text = capsys.readouterr().out
+    assert "paired:independent,ot-minibatch,ot-fixed" in "".join(text.split())
+    assert "(default none)" in text and "(default None)" not in text
     assert "--finetune.solver_steps" in text and "torch" in text and "reference" in text
 
 

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fmft_fast.errors import ConfigError
+from fmft_fast.flow.couplings import COUPLINGS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +21,7 @@ else:
     import tomli as tomllib
 
 ConfigT = TypeVar("ConfigT", bound="FitConfig")
+PAIRED = f"how noise and data are paired: {', '.join(COUPLINGS)}"
 
 
 def key(
@@ -103,7 +105,7 @@ class FitConfig:
 class PretrainConfig(FitConfig):
     """Settings of flow-matching pre-training: regress the field on the path's velocity."""
 
-    coupling: str = key("ot-minibatch", "how noise and data are paired")
+    coupling: str = key("ot-minibatch", PAIRED)
     coupling_options: dict = key({}, "options of the coupling")
     sigma: float = key(0.0, "standard deviation of the probability path around its mean", low=0)
     holdout: float = key(0.1, "share of the data never trained on", low=0, high=0.9)
@@ -123,7 +125,7 @@ class FinetuneConfig(FitConfig):
     gradient: str = key(
         "discrete", "gradient of the solve", choices=("discrete", "continuous", "backprop")
     )
-    coupling: str = key("ot-fixed", "how noise and data are paired")
+    coupling: str = key("ot-fixed", PAIRED)
     coupling_options: dict = key({}, "options of the coupling")
     posterior: str = key(
         "unit", "sigma of the Gaussian posterior: 1, or fitted", choices=("unit", "fitted")
