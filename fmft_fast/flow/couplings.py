@@ -73,6 +73,7 @@ class Coupling:
         """
         check_data(x1, cond)
         self._data = (x1, cond)
+        self._learn(x1, cond, field, generator)
         return self
 
     def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
@@ -88,6 +89,11 @@ class Coupling:
         raise InputError(
             f"{self.name!r} pairs a whole data set: call fit(x1) once, then sample(batch)"
         )
+
+    def _learn(
+        self, x1: Tensor, cond: Tensor | None, field: Any, generator: torch.Generator | None
+    ) -> None:
+        """Do what `fit` needs besides keeping the data."""
 
     def check_reconstruction(self, x1: Tensor, cond: Tensor | None = None) -> None:
         """Warn (CouplingWarning) if reconstruction training with this coupling loses variance."""
@@ -164,20 +170,14 @@ class OTFixed(Coupling):
         check_at_least("size", self.size, 1)
         check_at_least("cond_weight", self.cond_weight, 0)
 
-    def fit(
-        self,
-        x1: Tensor,
-        cond: Tensor | None = None,
-        *,
-        field: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Coupling:
+    def _learn(
+        self, x1: Tensor, cond: Tensor | None, field: Any, generator: torch.Generator | None
+    ) -> None:
         """Choose K rows, draw K noise points and pair them."""
-        check_data(x1, cond)
         rows = choose_rows(len(x1), self.size, x1.device, generator)
         x1, cond = x1[rows], None if cond is None else cond[rows]
+        self._data = (x1, cond)
         self._pairs = pair_by_ot(noise_like(x1, generator), x1, cond, self.cond_weight)
-        return super().fit(x1, cond)
 
     def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
         """Draw `batch` of the K pairs."""
@@ -216,16 +216,10 @@ class OTSemidiscrete(Coupling):
             check_at_least(option, getattr(self, option), 1)
         check_at_least("cond_weight", self.cond_weight, 0)
 
-    def fit(
-        self,
-        x1: Tensor,
-        cond: Tensor | None = None,
-        *,
-        field: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Coupling:
+    def _learn(
+        self, x1: Tensor, cond: Tensor | None, field: Any, generator: torch.Generator | None
+    ) -> None:
         """Choose the anchors, share the data out among them and fit their potentials."""
-        super().fit(x1, cond)
         self._codes, finite = split_weight(cond, self.cond_weight)
         target = features(x1, finite, self.cond_weight)
         rows = choose_rows(len(x1), self.size, x1.device, generator)
@@ -245,7 +239,6 @@ class OTSemidiscrete(Coupling):
         # An anchor so near another one that rounding left it without data must win no noise.
         self._v = self._v.masked_fill(self._count == 0, -math.inf)
         self._v = self._ascend(generator)
-        return self
 
     def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
         """Draw fresh noise and the data points whose cells it falls into."""
@@ -313,16 +306,10 @@ class Inversion(Coupling):
         check_at_least("steps", self.steps, 1)
         check_at_least("batch", self.batch, 1)
 
-    def fit(
-        self,
-        x1: Tensor,
-        cond: Tensor | None = None,
-        *,
-        field: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Coupling:
+    def _learn(
+        self, x1: Tensor, cond: Tensor | None, field: Any, generator: torch.Generator | None
+    ) -> None:
         """Solve every x1 back to t = 0 under `field`."""
-        check_data(x1, cond)
         if field is None:
             raise InputError("'inversion' needs the pre-trained field: fit(x1, field=field)")
         x0 = integrate(
@@ -340,7 +327,6 @@ class Inversion(Coupling):
                 f"the reverse solve left the finite numbers; raise steps (now {self.steps})"
             )
         self._pairs = Pairs(x0, x1, cond)
-        return super().fit(x1, cond)
 
     def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
         """Draw `batch` of the solved pairs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from fmft_fast.train.monitors import (
 )
 from fmft_fast.train.optim import pick_device
 
+ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
 Data = Tensor | tuple[Tensor, ...] | Iterable[Any]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 WATCHED_ROWS = 1024
@@ -45,28 +46,34 @@ WATCHED_ROWS = 1024
 SPREAD_ROWS = 32
 
 
-class _Trainer:
+class _Trainer(Generic[ConfigT]):
     """What both trainers share: data, their split, the coupling, and the held-out pairs."""
 
     title: str
-    config: PretrainConfig | FinetuneConfig
+    settings: type[ConfigT]
 
     def __init__(
         self,
         field: nn.Module,
         data: Data,
         *,
-        heldout: Data | None,
-        evaluate: Evaluate | None,
-        out: str | Path | None,
-        progress: bool,
+        config: ConfigT | None = None,
+        heldout: Data | None = None,
+        evaluate: Evaluate | None = None,
+        out: str | Path | None = None,
+        progress: bool = True,
     ) -> None:
         if not isinstance(field, nn.Module):
             raise InputTypeError(
                 f"expected an nn.Module v(t, x), got {type(field).__name__}; wrap it in one"
             )
+        config = self.settings() if config is None else config
+        if not isinstance(config, self.settings):
+            raise InputTypeError(
+                f"expected config = {self.settings.__name__}(...), got {type(config).__name__}"
+            )
+        self.config: ConfigT = config
         self._evaluate, self._out, self._progress = evaluate, out, progress
-        config = self.config
         self._device = pick_device(config.device)
         self._dtype = getattr(torch, config.dtype)
         # Probing and inversion want the field without dropout; `fit` turns that on again.
@@ -86,6 +93,7 @@ class _Trainer:
         _probe(self._field, self._sight)
         self._heldout = None if kept is None else self._pair_heldout(self._choose_rows(kept))
         self._batches = self._source(data if rows is None else rows)
+        self._prepare()
 
     def run(self, *, resume: bool = False) -> FitResult:
         """Train, and give the field with the selected weights.
@@ -106,6 +114,9 @@ class _Trainer:
             progress=self._progress,
             title=self.title,
         )
+
+    def _prepare(self) -> None:
+        """Do what is left to do before a run."""
 
     def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
         raise NotImplementedError
@@ -179,7 +190,7 @@ class _Trainer:
         return self._evaluate(model) if self._evaluate is not None else {}
 
 
-class FlowMatchingTrainer(_Trainer):
+class FlowMatchingTrainer(_Trainer[PretrainConfig]):
     """Pre-train a velocity field by flow matching: no ODE is solved.
 
     Args:
@@ -209,28 +220,7 @@ class FlowMatchingTrainer(_Trainer):
         20
     """
 
-    title = "pre-train"
-
-    def __init__(
-        self,
-        field: nn.Module,
-        data: Data,
-        *,
-        config: PretrainConfig | None = None,
-        heldout: Data | None = None,
-        evaluate: Evaluate | None = None,
-        out: str | Path | None = None,
-        progress: bool = True,
-    ) -> None:
-        self.config: PretrainConfig = config or PretrainConfig()
-        super().__init__(
-            field,
-            data,
-            heldout=heldout,
-            evaluate=evaluate,
-            out=out,
-            progress=progress,
-        )
+    title, settings = "pre-train", PretrainConfig
 
     def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
         pairs = Pairs(*batch)
@@ -261,7 +251,7 @@ class FlowMatchingTrainer(_Trainer):
         return [OverfittingSpike()]
 
 
-class MLEFineTuner(_Trainer):
+class MLEFineTuner(_Trainer[FinetuneConfig]):
     """Fine-tune a pre-trained field through its ODE solve, so that few steps suffice.
 
     The loss is -log N(x1 | phi(x0), I) per dimension for pairs (x0, x1) of the coupling, where phi
@@ -298,28 +288,9 @@ class MLEFineTuner(_Trainer):
         'finished'
     """
 
-    title = "fine-tune"
+    title, settings = "fine-tune", FinetuneConfig
 
-    def __init__(
-        self,
-        field: nn.Module,
-        data: Data,
-        *,
-        config: FinetuneConfig | None = None,
-        heldout: Data | None = None,
-        evaluate: Evaluate | None = None,
-        out: str | Path | None = None,
-        progress: bool = True,
-    ) -> None:
-        self.config: FinetuneConfig = config or FinetuneConfig()
-        super().__init__(
-            field,
-            data,
-            heldout=heldout,
-            evaluate=evaluate,
-            out=out,
-            progress=progress,
-        )
+    def _prepare(self) -> None:
         self._coupling.check_reconstruction(*self._sight)
         random = torch.Generator().manual_seed(stream_seed(self.config.seed, "watch"))
         self._watch_x0 = noise_like(self._sight[0], random)

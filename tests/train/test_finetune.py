@@ -253,6 +253,8 @@ def test_fields_that_cannot_work_are_refused_at_once():
         FlowMatchingTrainer(MLP(2), x1.byte(), progress=False)
     with pytest.raises(InputTypeError, match="expected an nn.Module"):
         FlowMatchingTrainer(lambda t, x: x, x1, progress=False)
+    with pytest.raises(InputTypeError, match="expected config = FinetuneConfig.*Pretrain"):
+        MLEFineTuner(MLP(2), x1, config=PretrainConfig(), progress=False)
     with pytest.raises(InputError, match="unknown coupling 'best'"):
         FlowMatchingTrainer(MLP(2), x1, config=PretrainConfig(coupling="best"), progress=False)
 
