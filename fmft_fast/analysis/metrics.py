@@ -1,12 +1,10 @@
 """Distances between samples and data, and shares that say what is wrong with samples.
 
 All take samples as [n, *state] tensors and give Python floats. Lower is better unless said.
-A distance between two finite samples of the same law is not zero: compare with its `noise_floor`.
+A distance between two finite samples of the same law is not zero: compare with data against data.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -174,20 +172,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
     return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
-def noise_floor(
-    metric: Callable[[Tensor, Tensor], float], draw: Callable[[int], Tensor], *, repeats: int = 4
-) -> float:
-    """Give the mean of a distance between data and data: what perfect samples would score.
-
-    Args:
-        metric: distance of two samples.
-        draw: `draw(i)` gives the i-th independent sample of the data, of the size to be compared.
-        repeats: number of pairs of samples.
-    """
-    values = [metric(draw(2 * i), draw(2 * i + 1)) for i in range(repeats)]
-    return sum(values) / len(values)
 
 
 def _distance_sum(a: Tensor, b: Tensor, block: int) -> float:

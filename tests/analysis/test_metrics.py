@@ -89,18 +89,6 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift():
     assert metrics.kernel_distance(normal(60, 3, 0), normal(60, 3, 1) + 2) > 10 * same.std()
 
 
-def test_noise_floor_averages_a_metric_over_independent_draws():
-    drawn = []
-
-    def draw(i):
-        drawn.append(i)
-        return normal(200, 2, i)
-
-    floor = metrics.noise_floor(metrics.sliced_wasserstein, draw, repeats=3)
-    assert drawn == list(range(6))
-    assert 0 < floor < metrics.sliced_wasserstein(normal(200, 2, 0), normal(200, 2, 1) + 1)
-
-
 def test_samples_that_do_not_match_are_refused():
     with pytest.raises(InputError, match=r"\[3, 2\] and \[3, 4\]"):
         metrics.energy_distance(torch.zeros(3, 2), torch.zeros(3, 4))

@@ -101,6 +101,18 @@ def test_conditions_stay_with_their_data(name, labels):
     assert torch.equal(pairs.cond, cond[row])
 
 
+@pytest.mark.parametrize("name", sorted(COUPLINGS))
+def test_noise_alone_stays_standard_normal(name):
+    """A pairing may not change the law that sampling starts from (Kolmogorov-Smirnov, .1 %)."""
+    x1 = torch.randn(600, 2, generator=seeded(1)) + 2
+    x0 = fitted(name, x1).sample(600, generator=seeded(2)).x0.unique(dim=0)
+    n = len(x0)
+    level = torch.special.ndtr(x0.double().sort(dim=0).values)
+    steps = torch.arange(n + 1)[:, None] / n
+    gap = torch.maximum((steps[1:] - level).abs(), (level - steps[:-1]).abs()).amax(0)
+    assert (gap * math.sqrt(n) < 1.95).all()
+
+
 @pytest.mark.parametrize("name", OT_NAMES)
 def test_transport_pairs_noise_with_the_nearer_mode(name):
     x1 = two_modes(400)
