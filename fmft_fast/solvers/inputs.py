@@ -288,7 +288,7 @@ def direction_of(t: Tensor) -> int:
     """Sign of the steps; raises unless t is strictly monotonic and finite."""
     if torch.compiler.is_compiling():
         return 1
-    values = t.detach().tolist()  # sync: once per solve, the order of the times is checked here
+    values = t.tolist()  # sync: once per solve, the order of the times is checked here
     if len(values) < 2:
         return 1
     sign = 1 if values[1] > values[0] else -1

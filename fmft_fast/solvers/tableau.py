@@ -24,8 +24,6 @@ class Tableau:
         b_err: [s] weights of the error estimate (b minus those of the embedded solution), or None.
         mid: [s] weights of the solution at t + h/2, from which the quartic dense output is made,
             or None.
-        advancing: the same step without the last stage of a FSAL method, which only the error
-            needs.
 
     Source: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", chapter II.
     """
@@ -37,8 +35,8 @@ class Tableau:
     b: Row
     b_err: Row | None = None
     mid: Row | None = None
-    # Not a cached_property: its lock cannot be traced by torch.compile.
-    advancing: Tableau = field(init=False, repr=False, compare=False)
+    # Not a cached_property, whose lock cannot be traced by torch.compile.
+    _trimmed: Tableau | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         s = len(self.c)
@@ -51,10 +49,14 @@ class Tableau:
             assert len(self.b_err) == s and abs(sum(self.b_err)) < 1e-8, f"{self.name}: b_err"
         if self.mid is not None:
             assert len(self.mid) == s and abs(sum(self.mid) - 0.5) < 1e-8, f"{self.name}: mid"
-        advancing = self
         if self.fsal:
-            advancing = Tableau(self.name, self.order, self.c[:-1], self.a[:-1], self.b[:-1])
-        object.__setattr__(self, "advancing", advancing)
+            trimmed = Tableau(self.name, self.order, self.c[:-1], self.a[:-1], self.b[:-1])
+            object.__setattr__(self, "_trimmed", trimmed)
+
+    @property
+    def advancing(self) -> Tableau:
+        """The same step without the last stage of a FSAL method, which only the error needs."""
+        return self._trimmed or self
 
     @property
     def stages(self) -> int:
