@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -46,7 +47,7 @@ WATCHED_ROWS = 1024
 SPREAD_ROWS = 32
 
 
-class _Trainer(Generic[ConfigT]):
+class _Trainer(ABC, Generic[ConfigT]):
     """What both trainers share: data, their split, the coupling, and the held-out pairs."""
 
     title: str
@@ -118,14 +119,17 @@ class _Trainer(Generic[ConfigT]):
     def _prepare(self) -> None:
         """Do what is left to do before a run."""
 
+    @abstractmethod
     def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
-        raise NotImplementedError
+        """Give the loss of a batch."""
 
+    @abstractmethod
     def _measure(self, model: nn.Module) -> dict[str, float]:
-        raise NotImplementedError
+        """Give the held-out measures."""
 
+    @abstractmethod
     def _monitors(self) -> Sequence[Monitor]:
-        raise NotImplementedError
+        """Give the monitors of a run."""
 
     def _columns(self, data: Data) -> Batch:
         whole = isinstance(data, (Tensor, tuple))

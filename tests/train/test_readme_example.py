@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import toys
 from torch import nn
@@ -34,6 +36,11 @@ print(result.metrics, result.findings)                     # held-out error; fai
 samples = solve(result.model, torch.randn(1000, *x1.shape[1:]), steps=2, gradient="none").y
 load_weights(field, "runs/mine")                           # later: the best model again
 """
+
+
+def test_the_readme_shows_this_example():
+    readme = Path(__file__).parents[2] / "README.md"
+    assert EXAMPLE in readme.read_text(encoding="utf-8")
 
 
 def test_ten_lines_finetune_a_users_own_module(tmp_path, monkeypatch):
