@@ -29,7 +29,7 @@ from fmft_fast import solve
 from fmft_fast.train import FinetuneConfig, MLEFineTuner, load_weights
 
 loader = DataLoader(x1, batch_size=256, shuffle=True)      # your data, [n, *state]
-config = FinetuneConfig(solver_steps=(2, 10), coupling="ot-fixed", steps=300)
+config = FinetuneConfig(solver_steps=(2, 10), coupling="ot-semidiscrete", steps=300)
 tuner = MLEFineTuner(field, loader, config=config, out="runs/mine")   # field: v(t, x)
 result = tuner.run()                                       # Ctrl-C saves, run(resume=True) goes on
 print(result.metrics, result.findings)                     # held-out error; failures by name
