@@ -178,6 +178,7 @@ class AdaptiveSolver:
         self.jumps = set(self._sorted_times(options.jump_t))
         self.accepted = self.rejected = 0
         self.last: AcceptedStep | None = None
+        self.last_ratio = 0.0
         self.y = problem.y0
         self.f = self.field(self.time(self.s), self.y)
         if options.first_step is None:
@@ -284,7 +285,7 @@ class AdaptiveSolver:
             _raise_non_finite(self.field, t, self.accepted, self.y, k[0])
 
     def _raise_underflow(self, h: float) -> None:
-        t, ratio = self.direction * self.s, getattr(self, "last_ratio", 0.0)
+        t, ratio = self.direction * self.s, self.last_ratio
         at = f"at t = {t}, step {self.accepted} ({self.rejected} rejected so far)"
         if not math.isfinite(ratio):
             raise NonFiniteError(
