@@ -1,0 +1,156 @@
+"""The contract of whole-trajectory kernels: a solve, and its exact gradient, in one call each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fmft_fast.ops.network import Inputs, Network, evaluate
+
+Row = tuple[float, ...]
+Keep = Literal["nothing", "inputs", "activations"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The steps of a solve, apart from its tensors.
+
+    Attributes:
+        network: the field.
+        a: [s] rows, row i with i entries, and b: [s] weights of an explicit Runge-Kutta method.
+        times: [N, s] float64 on the host, the time of every stage.
+        h: [N] float64 on the host, signed steps.
+        outputs: [K] numbers of the states (0 is y0, N the final state) that are wanted, ascending.
+        weights: None, or [K, s] float64 on the host, and then output k is
+            y_n + h_n sum_i weights[k, i] k_i inside step n = outputs[k] (dense output).
+    """
+
+    network: Network
+    a: tuple[Row, ...]
+    b: Row
+    times: Tensor
+    h: Tensor
+    outputs: tuple[int, ...]
+    weights: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps N."""
+        return self.times.shape[0]
+
+    @property
+    def stages(self) -> int:
+        """Number of stages s of a step."""
+        return len(self.b)
+
+
+@dataclass(frozen=True)
+class Control:
+    """Step control of an adaptive solve; the meaning and defaults are those of `odeint`."""
+
+    rtol: float
+    atol: float
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    min_step: float = 0.0
+    max_step: float = float("inf")
+    max_num_steps: int = 2**31 - 1
+    first_step: float | None = None
+
+
+class TrajectoryKernels(Protocol):
+    """Whole-trajectory kernels of one backend.
+
+    They know nothing of autograd; the state and all tensors have one dtype and device.
+    """
+
+    name: str
+
+    def refuses(self, network: Network, stages: int, batch: int, dtype: torch.dtype) -> str | None:
+        """Why a solve cannot or should not run here, as the end of a sentence; None if it can."""
+        ...
+
+    def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
+        """Outputs [K, batch, state] and what `backward` wants kept.
+
+        keep: "nothing" without a backward pass; "inputs": of every stage the input only, so that
+        memory is O(steps x state) and the backward pass computes the activations again;
+        "activations": all of them, for a faster backward pass where they are not too many.
+        """
+        ...
+
+    def backward(
+        self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs
+    ) -> Inputs:
+        """Gradients of the inputs from that of the outputs [K, batch, state].
+
+        wanted: booleans in the place of tensors. A parameter's gradient has its full shape, with
+        zeros in columns that the network does not read. The result is deterministic.
+        """
+        ...
+
+
+class Reference:
+    """The contract in plain torch; what the kernels are tested against in float64."""
+
+    name = "reference"
+
+    def refuses(self, network: Network, stages: int, batch: int, dtype: torch.dtype) -> str | None:
+        """See `TrajectoryKernels`."""
+        return None
+
+    def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
+        """See `TrajectoryKernels`."""
+        return run(program, inputs), None
+
+    def backward(
+        self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs
+    ) -> Inputs:
+        """See `TrajectoryKernels`."""
+        flat, wants = flatten(inputs), flatten(wanted)
+        leaves = [x.detach().requires_grad_(w) for x, w in zip(flat, wants, strict=True)]
+        with torch.enable_grad():
+            out = run(program, rebuild(inputs, leaves))
+        asked = [x for x in leaves if x.requires_grad]
+        found = iter(torch.autograd.grad(out, asked, grad, allow_unused=True) if asked else ())
+        grads = [
+            None if not w else torch.zeros_like(x) if (g := next(found)) is None else g
+            for x, w in zip(flat, wants, strict=True)
+        ]
+        return rebuild(inputs, grads)
+
+
+def run(program: Program, inputs: Inputs) -> Tensor:
+    """The outputs [K, batch, state] in plain torch, with a graph."""
+    y: Any = inputs.y0
+    times, steps = program.times.tolist(), program.h.tolist()
+    found = {k: y for k, n in enumerate(program.outputs) if program.weights is None and n == 0}
+    for n, h in enumerate(steps):
+        k: list[Tensor] = []
+        for i, row in enumerate(program.a):
+            x = sum((h * w * ki for w, ki in zip(row, k, strict=True) if w), y)
+            k.append(evaluate(program.network, inputs, times[n][i], n * program.stages + i, x))
+        if program.weights is not None:
+            for j, (m, row) in enumerate(zip(program.outputs, program.weights.tolist(), strict=True)):
+                if m == n:
+                    found[j] = sum((h * w * ki for w, ki in zip(row, k, strict=True) if w), y)
+        y = sum((h * w * ki for w, ki in zip(program.b, k, strict=True) if w), y)
+        if program.weights is None:
+            found |= {j: y for j, m in enumerate(program.outputs) if m == n + 1}
+    return torch.stack([found[j] for j in range(len(program.outputs))])
+
+
+def flatten(inputs: Inputs) -> list[Any]:
+    """All tensors in one list: the state, parameters, tables, conditions."""
+    return [inputs.y0, *inputs.parameters, *inputs.tables, *inputs.conds]
+
+
+def rebuild(like: Inputs, flat: list[Any]) -> Inputs:
+    """The opposite of `flatten`, with the counts of `like`."""
+    p = 1 + len(like.parameters)
+    q = p + len(like.tables)
+    return Inputs(flat[0], list(flat[1:p]), list(flat[p:q]), list(flat[q:]))

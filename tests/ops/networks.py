@@ -1,0 +1,75 @@
+"""Small networks of every kind that trajectory kernels take, with random tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from fmft_fast.ops.network import Inputs, Layer, Network, Term
+from fmft_fast.ops.trajectory import Program
+from fmft_fast.solvers.methods import METHODS
+
+
+def chain(state, hidden, activation="selu", slope=1.0, time="column", cond=False, skips=False):
+    """An MLP; time is "column" (of the first matrix), "tables" (of every layer) or None."""
+    widths, layers, parameters = (state, *hidden, state), [], []
+    for i, (n_in, n_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        first, last = i == 0, i == len(widths) - 2
+        extra = int(first and time == "column")
+        parameters += [(n_out, n_in + extra), (n_out,)]
+        layers.append(
+            Layer(
+                width=n_out,
+                terms=(Term(i, 2 * i),),
+                bias=2 * i + 1,
+                time=(0, n_in) if extra else None,
+                table=i if time == "tables" else None,
+                cond=0 if first and cond else None,
+                activation="identity" if last else activation,
+                slope=slope,
+                skips=(i,) if skips and n_in == n_out and not first else (),
+            )
+        )
+    return Network(state, tuple(layers)), parameters
+
+
+def viscosity(state, hidden, branches=2, base=False):
+    """A0 x + sum_j A_j f_j(D_j x); with `base` on top of an MLP in (t, x)."""
+    layers, parameters, terms = [], [(state, state)], [Term(0, 0)]
+    if base:
+        parameters += [(hidden, state + 1), (hidden,), (state, hidden)]
+        layers.append(Layer(hidden, (Term(0, 1),), 2, (1, state), activation="silu"))
+        terms.append(Term(1, 3))
+    for _ in range(branches):
+        p = len(parameters)
+        parameters += [(hidden, state), (hidden,), (state, hidden)]
+        layers.append(Layer(hidden, (Term(0, p),), p + 1, activation="tanh"))
+        terms.append(Term(len(layers), p + 2))
+    layers.append(Layer(state, tuple(terms)))
+    return Network(state, tuple(layers)), parameters
+
+
+def make_inputs(network, shapes, batch, stages, dtype=torch.float64, device="cpu", seed=0):
+    """Random tensors of a sensible size for a solve with so many stages in all."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(device, dtype)
+
+    tables = {x.table: x.width for x in network.layers if x.table is not None}
+    conds = {x.cond: x.width for x in network.layers if x.cond is not None}
+    return Inputs(
+        draw(batch, network.state),
+        [draw(*s, scale=1 / s[-1] ** 0.5 if len(s) == 2 else 0.3) for s in shapes],
+        [draw(stages, tables[i], scale=0.3) for i in sorted(tables)],
+        [draw(batch, conds[i], scale=0.3) for i in sorted(conds)],
+    )
+
+
+def make_program(network, method="euler", steps=3, outputs=None, uneven=False):
+    """Steps of a named method over [0, 1]."""
+    tableau = METHODS[method].tableau.advancing
+    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    grid = grid**1.3 if uneven else grid
+    h = grid[1:] - grid[:-1]
+    times = grid[:-1, None] + h[:, None] * torch.tensor(tableau.c, dtype=torch.float64)
+    return Program(network, tableau.a, tableau.b, times, h, outputs or (steps,))
