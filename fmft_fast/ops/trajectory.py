@@ -135,7 +135,9 @@ def run(program: Program, inputs: Inputs) -> Tensor:
             x = sum((h * w * ki for w, ki in zip(row, k, strict=True) if w), y)
             k.append(evaluate(program.network, inputs, times[n][i], n * program.stages + i, x))
         if program.weights is not None:
-            for j, (m, row) in enumerate(zip(program.outputs, program.weights.tolist(), strict=True)):
+            for j, (m, row) in enumerate(
+                zip(program.outputs, program.weights.tolist(), strict=True)
+            ):
                 if m == n:
                     found[j] = sum((h * w * ki for w, ki in zip(row, k, strict=True) if w), y)
         y = sum((h * w * ki for w, ki in zip(program.b, k, strict=True) if w), y)
