@@ -12,9 +12,13 @@ from torch import Tensor
 from fmft_fast.errors import InputError, MissingBackendError
 from fmft_fast.ops import library
 from fmft_fast.ops.contract import FUSED_DTYPES, REFERENCE, StepKernels, fuse, is_traced
+from fmft_fast.ops.network import Network
+from fmft_fast.ops.trajectory import TrajectoryKernels
 
 DEVICE_OF = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# Layer by layer, by torch's matrix products: for fields too wide for the others, on any device.
+LAYERED = "layered"
 REBUILD = "reinstall from source with a C++17 compiler: pip install --force-reinstall --no-deps ."
 
 
@@ -58,6 +62,37 @@ def choose_kernels(state: Tensor, backend: str = "auto") -> StepKernels:
     return _kernels(backend)
 
 
+def choose_trajectory(
+    network: Network, stages: int, batch: int, state: Tensor, backend: str = "auto"
+) -> TrajectoryKernels | str:
+    """Return the kernels for a whole solve, or why no backend takes it.
+
+    Args:
+        network: the field.
+        stages: of one step of the method.
+        batch: rows of the state.
+        state: a tensor of the dtype and device of the state.
+        backend: as in `choose_kernels`.
+
+    Raises:
+        InputError, MissingBackendError: as `choose_kernels`.
+    """
+    kernels = choose_kernels(state, backend)  # checks the name
+    if backend == "reference":
+        return "the backend reference takes single steps in plain torch"
+    names = ORDER.get(state.device.type, ()) if backend == "auto" else (kernels.name,)
+    reasons = []
+    for name in (*names, LAYERED):
+        if name != LAYERED and not _status(name).available:
+            continue
+        found = _trajectory(name)
+        reason = found.refuses(network, stages, batch, state.dtype)
+        if reason is None:
+            return found
+        reasons.append(f"{name}: {reason}")
+    return "; ".join(reasons)
+
+
 def backend_report() -> list[BackendStatus]:
     """Return the status of every backend, in the order reference, cpu, triton, cuda."""
     return [
@@ -88,6 +123,13 @@ def _check(state: Tensor, backend: str) -> None:
 def _kernels(name: str) -> StepKernels:
     module = "fmft_fast.kernels.step" if name == "triton" else f"fmft_fast.ops.{name}"
     return fuse(name, importlib.import_module(module).KERNELS)
+
+
+@functools.cache
+def _trajectory(name: str) -> TrajectoryKernels:
+    triton = name == "triton"
+    module = "fmft_fast.kernels.trajectory" if triton else f"fmft_fast.ops.trajectory_{name}"
+    return importlib.import_module(module).KERNELS
 
 
 @functools.cache
