@@ -72,7 +72,7 @@ def test_time_and_conditions(time, cond, keep):
 @pytest.mark.parametrize("batch", [1, 15, 63])
 @pytest.mark.parametrize("state", [1, 2, 7, 32])
 def test_sizes(batch, state):
-    for hidden in ((), (9,), (8, 33, 1, 4, 6)):
+    for hidden in ((), (9,), (8, 33, 15, 4, 6)):
         network, shapes = chain(state, hidden)
         check(make_program(network, "euler", 3), shapes, batch)
 
