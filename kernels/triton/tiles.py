@@ -1,0 +1,169 @@
+"""Loads, stores, activations and their derivatives on tiles of float32, for generated kernels.
+
+Sizes are padded to powers of two of at least 16; padded places of every tile hold zeros.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows_of(p, rows, batch, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Load [rows, PADDED] of a contiguous [batch, WIDTH]."""
+    at = tl.arange(0, PADDED)
+    inside = (rows[:, None] < batch) & (at[None, :] < WIDTH)
+    return tl.load(p + rows[:, None] * WIDTH + at[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def put_rows(p, rows, batch, x, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Store [rows, PADDED] in a contiguous [batch, WIDTH]."""
+    at = tl.arange(0, PADDED)
+    inside = (rows[:, None] < batch) & (at[None, :] < WIDTH)
+    tl.store(p + rows[:, None] * WIDTH + at[None, :], x, mask=inside)
+
+
+@triton.jit
+def matrix(
+    p, N: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr, PK: tl.constexpr
+):
+    """Load a matrix [N, K] as [PN, PK]; one element of it follows another after STRIDE."""
+    n = tl.arange(0, PN)[:, None]
+    k = tl.arange(0, PK)[None, :]
+    if N == PN and K == PK:
+        return tl.load(p + n * STRIDE + k)
+    else:
+        return tl.load(p + n * STRIDE + k, mask=(n < N) & (k < K), other=0.0)
+
+
+@triton.jit
+def transposed(
+    p, N: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr, PK: tl.constexpr
+):
+    """Load the transpose of a matrix [N, K] as [PK, PN]."""
+    n = tl.arange(0, PN)[None, :]
+    k = tl.arange(0, PK)[:, None]
+    if N == PN and K == PK:
+        return tl.load(p + n * STRIDE + k)
+    else:
+        return tl.load(p + n * STRIDE + k, mask=(n < N) & (k < K), other=0.0)
+
+
+@triton.jit
+def put_matrix(
+    p, x, N: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr, PK: tl.constexpr
+):
+    """Store the part [N, K] of a tile [PN, PK]."""
+    n = tl.arange(0, PN)[:, None]
+    k = tl.arange(0, PK)[None, :]
+    tl.store(p + n * STRIDE + k, x, mask=(n < N) & (k < K))
+
+
+@triton.jit
+def vector(p, N: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr):
+    """Load a vector [N] as [PN]."""
+    n = tl.arange(0, PN)
+    return tl.load(p + n * STRIDE, mask=n < N, other=0.0)
+
+
+@triton.jit
+def put_vector(p, x, N: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr):
+    """Store the part [N] of a tile [PN]."""
+    n = tl.arange(0, PN)
+    tl.store(p + n * STRIDE, x, mask=n < N)
+
+
+@triton.jit
+def add_vector(p, x, N: tl.constexpr, PN: tl.constexpr):
+    """Add the part [N] of a tile [PN] to a vector that only this program uses."""
+    n = tl.arange(0, PN)
+    before = tl.load(p + n, mask=n < N, other=0.0)
+    tl.store(p + n, before + x, mask=n < N)
+
+
+@triton.jit
+def expm1(z):
+    """exp(z) - 1 for z <= 0: near zero a polynomial, where the difference would lose digits."""
+    near = 1.0 / 720 + z * (1.0 / 5040)
+    near = 1.0 / 24 + z * (1.0 / 120 + z * near)
+    near = z + z * z * (0.5 + z * (1.0 / 6 + z * near))
+    return tl.where(z > -0.4, near, tl.exp(z) - 1.0)
+
+
+@triton.jit
+def logistic(z):
+    """1 / (1 + exp(-z))."""
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def hyperbolic_tangent(z):
+    """tanh(z)."""
+    e = expm1(-2.0 * tl.abs(z))
+    magnitude = -e / (2.0 + e)
+    return tl.where(z < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def activate(z, NAME: tl.constexpr, SLOPE: tl.constexpr):
+    """The activation; comparisons are such that NaN goes through."""
+    if NAME == "relu":
+        return tl.where(z <= 0, 0.0, z)
+    elif NAME == "leaky_relu":
+        return tl.where(z <= 0, z * SLOPE, z)
+    elif NAME == "elu":
+        return tl.where(z <= 0, SLOPE * expm1(z), z)
+    elif NAME == "selu":
+        return 1.0507009873554805 * tl.where(z <= 0, 1.6732632423543772 * expm1(z), z)
+    elif NAME == "silu":
+        return z * logistic(z)
+    elif NAME == "gelu":
+        return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        inner = 0.7978845608028654 * (z + 0.044715 * z * z * z)
+        return 0.5 * z * (1.0 + hyperbolic_tangent(inner))
+    elif NAME == "tanh":
+        return hyperbolic_tangent(z)
+    elif NAME == "sigmoid":
+        return logistic(z)
+    elif NAME == "softplus":
+        scaled = z * SLOPE
+        u = tl.exp(-tl.abs(scaled))
+        w = 1.0 + u
+        log1p = tl.log(w) - ((w - 1.0) - u) / w
+        soft = (tl.where(scaled <= 0, 0.0, scaled) + log1p) / SLOPE
+        return tl.where(scaled > 20.0, z, soft)
+    else:
+        return z
+
+
+@triton.jit
+def derivative(z, a, NAME: tl.constexpr, SLOPE: tl.constexpr):
+    """The derivative of the activation at z, from its value `a` alone where that is enough."""
+    if NAME == "relu":
+        return tl.where(a > 0, 1.0, 0.0)
+    elif NAME == "leaky_relu":
+        return tl.where((a if SLOPE >= 0 else z) > 0, 1.0, SLOPE)
+    elif NAME == "elu":
+        return tl.where((a if SLOPE >= 0 else z) > 0, 1.0, a + SLOPE)
+    elif NAME == "selu":
+        return tl.where(a > 0, 1.0507009873554805, a + 1.7580993408473766)
+    elif NAME == "silu":
+        s = logistic(z)
+        return s + a * (1.0 - s)
+    elif NAME == "gelu":
+        phi = 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476))
+        return phi + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif NAME == "gelu_tanh":
+        inner = 0.7978845608028654 * (z + 0.044715 * z * z * z)
+        t = hyperbolic_tangent(inner)
+        slope = 0.7978845608028654 * (1.0 + 0.134145 * z * z)
+        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * slope
+    elif NAME == "tanh":
+        return 1.0 - a * a
+    elif NAME == "sigmoid":
+        return a * (1.0 - a)
+    elif NAME == "softplus":
+        return tl.where(z * SLOPE > 20.0, 1.0, logistic(z * SLOPE))
+    else:
+        return tl.full(z.shape, 1.0, tl.float32)

@@ -1,0 +1,334 @@
+"""Whole trajectories in Triton, forward and backward in one launch each.
+
+For GPUs where no compiled module exists. A kernel is written for every network (see
+`trajectory_source`): a program owns a block of samples, whose state stays in registers through all
+steps; weights come from the cache. The backward kernel computes the activations again from the
+inputs of the stages, and every program adds up its own part of the gradients, which are summed in a
+fixed order afterwards: results are the same from run to run.
+
+Precision follows `torch.get_float32_matmul_precision()`: "highest" multiplies in float32, "high" on
+tensor cores with three products in TF32, "medium" with one. State and sums are in float32.
+
+Launch configurations (samples of a program, warps, pipeline stages) are pinned in `CONFIGS`, the
+first of a list being the default. With FMFT_TRITON_AUTOTUNE=1 the list of a kind of solve is timed
+once and the fastest remembered in fmft_fast/triton.json in the user's cache folder
+($XDG_CACHE_HOME, else ~/.cache), by device, version of Triton, and the sizes of the solve.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from fmft_fast.kernels.trajectory_source import (
+    Wanted,
+    backward_kernel,
+    forward_kernel,
+    offsets,
+    padded,
+    reads,
+    used,
+)
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from fmft_fast.ops.network import Inputs, Network
+from fmft_fast.ops.trajectory import Keep, Program, Row
+
+MAX_WIDTH = 128
+MAX_LAYERS = 8
+# Of a program's registers, what the stages of a step may take: stages x padded state.
+MAX_STAGE_WIDTH = 448
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched: samples of a program, warps, and stages of Triton's pipeline."""
+
+    block: int
+    warps: int
+    pipeline: int = 1
+
+
+# By direction and widest padded layer.
+CONFIGS = {
+    ("forward", 16): (Config(32, 2), Config(16, 1), Config(64, 4)),
+    ("forward", 32): (Config(32, 2), Config(16, 1), Config(64, 4)),
+    ("forward", 64): (Config(32, 4), Config(16, 2), Config(64, 4), Config(64, 8)),
+    ("forward", 128): (Config(32, 4), Config(16, 4), Config(64, 8)),
+    ("backward", 16): (Config(32, 2), Config(16, 1), Config(64, 4)),
+    ("backward", 32): (Config(32, 4), Config(16, 2), Config(64, 4)),
+    ("backward", 64): (Config(32, 8), Config(16, 4), Config(64, 8)),
+    ("backward", 128): (Config(16, 8), Config(32, 8), Config(32, 16)),
+}
+# The numbers of solves that CUDA graphs have captured.
+CAPTURED: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+
+
+class TritonTrajectory:
+    """See `fmft_fast.ops.trajectory.TrajectoryKernels`."""
+
+    name = "triton"
+
+    def refuses(self, network: Network, stages: int, batch: int, dtype: torch.dtype) -> str | None:
+        """Why a solve cannot run here, as the end of a sentence; None if it can."""
+        widest = max(network.width(i) for i in range(len(network.layers) + 1))
+        if dtype != torch.float32:
+            return f"Triton runs whole trajectories in float32, got {dtype}"
+        if batch == 0:
+            return "the batch is empty"
+        if len(network.layers) > MAX_LAYERS:
+            return f"Triton takes at most {MAX_LAYERS} layers, got {len(network.layers)}"
+        if widest > MAX_WIDTH:
+            return f"Triton takes layers of width {MAX_WIDTH} at most, got {widest}"
+        if stages * padded(network.state) > MAX_STAGE_WIDTH:
+            most = MAX_STAGE_WIDTH // padded(network.state)
+            return (
+                f"Triton takes at most {most} stages for a state of {network.state}, got {stages}"
+            )
+        if _overlap(network):
+            return "layers read different ranges of the same columns of a parameter"
+        return None
+
+    def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
+        """Outputs [K, batch, state], and the inputs of all stages."""
+        y0, tensors = _arguments(program.network, inputs)
+        batch, state = y0.shape
+        if program.steps == 0:
+            return y0.expand(len(program.outputs), batch, state).clone(), None
+        out = y0.new_empty((len(program.outputs), batch, state))
+        stages = program.steps * program.stages
+        kept = y0.new_empty((stages if keep != "nothing" else 0, batch, state))
+        shapes = tuple(tuple(p.shape) for p in inputs.parameters)
+        kernel = forward_kernel(program.network, shapes, program.stages, keep != "nothing")
+        numbers = _numbers(program, y0.device)
+
+        def launch(config: Config) -> None:
+            grid = (triton.cdiv(batch, config.block),)
+            arguments = (out, kept, y0, *numbers, batch, program.steps, *tensors)
+            kernel[grid](*arguments, **_options(config, y0.device))
+
+        with torch.cuda.device_of(y0):
+            launch(_config("forward", program, y0, launch))
+        return out, kept
+
+    def backward(
+        self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs
+    ) -> Inputs:
+        """Gradients of the inputs by the exact adjoint of the solve."""
+        y0, tensors = _arguments(program.network, inputs)
+        wants = Wanted(tuple(wanted.parameters), tuple(wanted.tables), tuple(wanted.conds))
+        shapes = tuple(tuple(p.shape) for p in inputs.parameters)
+        ends, stages = offsets(shapes, wants), program.steps * program.stages
+        used_tables, used_conds = used(program.network)
+        widths = {i: inputs.tables[i].shape[1] for i in used_tables if wants.tables[i]}
+        size = ends[-1] + stages * sum(widths.values())
+        grad = grad.contiguous()
+        grad_y0 = torch.empty_like(y0)
+        conds = [torch.zeros_like(c) if w else None for c, w in zip(inputs.conds, wants.conds)]
+        written = [conds[i] for i in used_conds if wants.conds[i]]
+        partials = y0.new_zeros((1, size))
+        if program.steps == 0:
+            grad_y0 = grad.sum(0)
+        else:
+            kernel = backward_kernel(program.network, shapes, program.stages, wants)
+            numbers = _numbers(program, y0.device)
+
+            def launch(config: Config) -> None:
+                nonlocal partials
+                blocks = triton.cdiv(y0.shape[0], config.block)
+                programs = min(blocks, _most_programs(y0.device))
+                partials = y0.new_zeros((programs, size))
+                first = (grad_y0, partials, grad, kept, *numbers, y0.shape[0], program.steps)
+                kernel[programs,](*first, *tensors, *written, **_options(config, y0.device))
+
+            with torch.cuda.device_of(y0):
+                launch(_config("backward", program, y0, launch))
+        sums = partials.sum(0)
+        parts = [sums[i:j] for i, j in zip(ends, ends[1:], strict=False)]
+        rest = iter(sums[ends[-1] :].split([stages * w for w in widths.values()]))
+        tables = {i: next(rest).view(stages, w) for i, w in widths.items()}
+        return Inputs(
+            grad_y0 if wanted.y0 else None,
+            [p.view(s) if w else None for p, s, w in zip(parts, shapes, wants.parameters)],
+            [
+                tables.get(i, torch.zeros_like(x)) if w else None
+                for i, (x, w) in enumerate(zip(inputs.tables, wants.tables))
+            ],
+            conds,
+        )
+
+
+def _overlap(network: Network) -> bool:
+    """Whether two different blocks of columns of one parameter share a column."""
+    blocks = reads(network)
+    return any(
+        p == r and i < j + n and j < i + m
+        for k, (p, i, m, _) in enumerate(blocks)
+        for r, j, n, _ in blocks[:k]
+    )
+
+
+def _arguments(network: Network, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """The state and the other tensors in the order of a kernel's arguments."""
+    tables, conds = used(network)
+    tensors = [
+        *inputs.parameters,
+        *(inputs.tables[i] for i in tables),
+        *(inputs.conds[i] for i in conds),
+    ]
+    assert inputs.y0 is not None
+    return inputs.y0.contiguous(), [x.contiguous() for x in tensors]
+
+
+def _numbers(program: Program, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of a solve on the device; a captured graph goes on reading them."""
+    weights = program.weights
+    key = (
+        program.a,
+        program.b,
+        program.outputs,
+        program.times.numpy().tobytes(),
+        program.h.numpy().tobytes(),
+        None if weights is None else weights.numpy().tobytes(),
+        device,
+    )
+    found = _copied(*key)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        CAPTURED[key] = found
+    return found
+
+
+@lru_cache(128)
+def _copied(
+    a: tuple[Row, ...],
+    b: Row,
+    outputs: tuple[int, ...],
+    times: bytes,
+    h: bytes,
+    weights: bytes | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per step the times, the tableau and the weights times h; of every output weights; the steps.
+
+    Every output becomes one inside a step: state n + 1 has the weights of step n, y0 has zeros.
+    """
+    s, hs = len(b), np.frombuffer(h)
+    rows = np.zeros((s, s))
+    for i, row in enumerate(a):
+        rows[i, : len(row)] = row
+    tableau = hs[:, None] * np.concatenate([rows.ravel(), np.array(b)])
+    numbers = np.concatenate([np.frombuffer(times).reshape(-1, s), tableau], 1)
+    steps = np.array(outputs)
+    if weights is None:
+        factors = np.where(steps[:, None] > 0, np.array(b), 0.0)
+        steps = np.maximum(steps - 1, 0)
+    else:
+        factors = np.frombuffer(weights).reshape(-1, s)
+    factors = hs[steps][:, None] * factors
+    first = np.searchsorted(steps, np.arange(len(hs) + 1))
+    return (
+        torch.from_numpy(numbers.astype(np.float32)).to(device),
+        torch.from_numpy(factors.astype(np.float32)).to(device),
+        torch.from_numpy(first.astype(np.int32)).to(device),
+    )
+
+
+def _precision(device: torch.device) -> str:
+    """What `tl.dot` does with float32."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return PRECISIONS[torch.get_float32_matmul_precision()]
+
+
+def _options(config: Config, device: torch.device) -> dict[str, Any]:
+    return {
+        "BLOCK": config.block,
+        "PRECISION": _precision(device),
+        "num_warps": config.warps,
+        "num_stages": config.pipeline,
+        "enable_fp_fusion": True,
+    }
+
+
+def _most_programs(device: torch.device) -> int:
+    """How many programs run a backward pass, each over blocks of samples one after another."""
+    if device.type != "cuda":
+        return 2
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def configs(direction: str, network: Network) -> tuple[Config, ...]:
+    """The launch configurations of a network, the default first."""
+    widest = max(padded(network.width(i)) for i in range(len(network.layers) + 1))
+    return CONFIGS[direction, widest]
+
+
+def _config(
+    direction: str, program: Program, y0: Tensor, launch: Callable[[Config], None]
+) -> Config:
+    """The default, or where FMFT_TRITON_AUTOTUNE=1 the fastest configuration of this kind."""
+    network = program.network
+    candidates = configs(direction, network)
+    if os.environ.get("FMFT_TRITON_AUTOTUNE") != "1" or y0.device.type != "cuda":
+        return candidates[0]
+    sizes = [padded(network.width(i)) for i in range(len(network.layers) + 1)]
+    device = torch.cuda.get_device_name(y0.device)
+    kind = f"{direction} {sizes} {program.stages} {triton.next_power_of_2(y0.shape[0])}"
+    key = f"{device}, triton {triton.__version__}, {_precision(y0.device)}, {kind}"
+    winners = _remembered()
+    if key not in winners:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        winners[key] = min(candidates, key=lambda config: _time(launch, config))
+        _remember(winners)
+    return winners[key]
+
+
+def _time(launch: Callable[[Config], None], config: Config) -> float:
+    """Milliseconds of a launch; infinity where the device has no room for it."""
+    try:
+        launch(config)
+    except OutOfResources:
+        return float("inf")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(5):
+        launch(config)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _cache() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "fmft_fast" / "triton.json"
+
+
+@lru_cache(1)
+def _remembered() -> dict[str, Config]:
+    try:
+        found = json.loads(_cache().read_text())
+        return {key: Config(*numbers) for key, numbers in found.items()}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _remember(winners: dict[str, Config]) -> None:
+    path = _cache()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps({key: astuple(config) for key, config in winners.items()}, indent=1))
+    part.replace(path)
+
+
+KERNELS = TritonTrajectory()
