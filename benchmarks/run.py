@@ -1,106 +1,211 @@
-"""`python -m benchmarks.run`: gradients first, then times and memory, of every peer on every case.
+"""`python -m benchmarks.run`: correctness first, then times and memory of every peer.
 
-A peer's gradient error is relative to backpropagation through the same steps in float64, and for
-adaptive steps to a solve with tolerances of 1e-11.
+Peers take turns, so that noise of the machine hits all alike. A peer whose errors against float64
+are out of bounds (benchmarks/check.py) reports no time; the gradient of an adjoint ODE is
+approximate by design, and its error is reported only. Writes JSON, a Markdown table and plots.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from dataclasses import replace
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fmft_fast
+from fmft_fast import record_stats
 
-from .cases import CASES, Case
-from .measure import peak_bytes, timed
-from .peers import PEERS, NotApplicable, Peer
+from . import check, machine, measure, results
+from .cases import CASES, OPERATIONS, Case, Operation, Problem
+from .peers import PEERS, Call, NotApplicable, Peer
+from .results import Report, Row
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def gradient_of(peer: Peer, case: Case, dtype: torch.dtype) -> torch.Tensor:
-    """Gradient of the mean square of the final state in all parameters, flat."""
-    field, x0 = case.make(dtype)
-    loss = peer(case, field, x0).square().mean()
-    grads = torch.autograd.grad(loss, list(field.parameters()))
-    return torch.cat([g.reshape(-1) for g in grads])
+SECONDS = 0.4
 
 
-def measure(name: str, case: Case, seconds: float) -> dict[str, Any] | None:
-    """One row, or None if the peer does not apply."""
-    peer = PEERS[name]
-    try:
-        gradient = gradient_of(peer, case, torch.float64)
-    except NotApplicable:
-        return None
-    except ImportError as error:
-        return {"case": case.name, "peer": name, "skipped": str(error)}
-    reference = case if case.steps else replace(case, tol=1e-11)
-    exact = gradient_of(PEERS['fmft_fast.solve(gradient="backprop")'], reference, torch.float64)
-    error = float((gradient - exact).norm() / exact.norm())
-    field, x0 = case.make()
-
-    def training() -> None:
-        field.zero_grad()
-        peer(case, field, x0).square().mean().backward()
-
-    row = {"case": case.name, "peer": name, "gradient_error": error}
-    return row | timed(training, seconds) | {"peak_bytes": peak_bytes(training)}
+reference_of = functools.cache(check.Reference)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table; `x` is the time of torchdiffeq.odeint on the case over the peer's."""
-    base = {r["case"]: r.get("ms") for r in rows if r["peer"] == "torchdiffeq.odeint"}
-    lines = [
-        "| case | peer | forward + backward, ms (20/80 %) | x | gradient error | peak MB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        if "skipped" in r:
-            lines.append(f"| {r['case']} | {r['peer']} | skipped: {r['skipped']} | | | |")
-            continue
-        ratio = f"{base[r['case']] / r['ms']:.2f}" if base.get(r["case"]) else ""
-        lines.append(
-            f"| {r['case']} | {r['peer']} | {r['ms']:.2f} ({r['ms_20']:.2f} / {r['ms_80']:.2f}) "
-            f"| {ratio} | {r['gradient_error']:.1e} | {r['peak_bytes'] / 1e6:.1f} |"
+def use_threads(count: int) -> None:
+    """Let torch, and JAX if it is not imported yet, use so many threads."""
+    torch.set_num_threads(count)
+    os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = str(count)
+    if count == 1:
+        os.environ["XLA_FLAGS"] = (
+            "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         )
-    return "\n".join(lines)
+
+
+def selection(
+    cases: Sequence[str] | None, operations: Sequence[Operation] | None, device: str
+) -> list[tuple[Case, Operation]]:
+    """What to time: what is asked for by name, else what the cases say themselves."""
+    chosen = [CASES[name] for name in cases] if cases else list(CASES.values())
+    return [
+        (case, operation)
+        for case in chosen
+        if cases or device in case.devices
+        for operation in OPERATIONS
+        if operation in (operations or case.operations)
+    ]
+
+
+def prepare(
+    case: Case, operation: Operation, peer: str, reference: check.Reference, device: str
+) -> tuple[Call | None, dict[str, Any]]:
+    """A call that is right, or None, and what the row says so far: errors and the reason."""
+    try:
+        problem = Problem(case, device=device)
+        call = PEERS[peer].prepare(problem, operation)
+        result, evaluations = call_counted(PEERS[peer], problem, call)
+        errors = reference.errors(operation, result)
+    except NotApplicable as reason:
+        return None, {"reason": f"not applicable: {reason}"}
+    except ImportError as error:
+        return None, {"reason": f"not installed: {error}"}
+    except Exception as error:  # a rival that fails is a result
+        return None, {"reason": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+    found: dict[str, Any] = {f"{name}_error": error for name, error in asdict(errors).items()}
+    found["evaluations"] = evaluations
+    fault = errors.fault(case, PEERS[peer])
+    return (None, {**found, "reason": fault}) if fault else (call, found)
+
+
+def call_counted(peer: Peer, problem: Problem, call: Call) -> tuple[Sequence[Any], int | None]:
+    """The result of a call, and its evaluations of the field as far as they can be seen."""
+    if peer.kind != "eager":
+        return call(), problem.evaluations if problem.case.steps else None
+    if peer.name.startswith("fmft_fast"):
+        # It says itself what it does; a hook would keep it from fusing.
+        with record_stats() as log:
+            result = call()
+        return result, sum(stats.evaluations for stats in log)
+    seen: list[None] = []
+    hook = problem.field.register_forward_hook(lambda *_: seen.append(None))
+    result = call()
+    hook.remove()
+    return result, len(seen)
+
+
+def time_peers(
+    case: Case,
+    operation: Operation,
+    peers: Sequence[str],
+    seconds: float,
+    rates: dict[str, float],
+    device: str = "cpu",
+) -> list[Row]:
+    """The rows of one operation of one case."""
+    torch._dynamo.reset()  # compiled functions of earlier cases count against its limits
+    reference, problem = reference_of(case), Problem(case)
+    calls: dict[str, Call] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for peer in peers:
+        call, rows[peer] = prepare(case, operation, peer, reference, device)
+        if call is not None:
+            calls[peer] = call
+    times = measure.interleave(calls, seconds, device)
+    flops, size = problem.useful_flops(operation), problem.useful_bytes(operation)
+    bound = max(flops / rates["gemm"], size / rates["copy"])
+    for peer, found in times.items():
+        rate = flops / (found.ms / 1e3)
+        in_torch = PEERS[peer].kind != "jax"
+        rows[peer] |= {
+            **asdict(found),
+            "peak_bytes": measure.peak_memory(calls[peer], device) if in_torch else None,
+            "gflops": rate / 1e9,
+            "gemm_share": rate / rates["gemm"],
+            "roofline_share": bound / (found.ms / 1e3),
+        }
+    threads = torch.get_num_threads()
+    return [Row(case.name, operation, peer, threads, **row) for peer, row in rows.items()]
+
+
+def run(
+    chosen: Sequence[tuple[Case, Operation]],
+    peers: Sequence[str],
+    seconds: float,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Report:
+    """Time peers in this process, with as many threads as torch has."""
+    rates = {"gemm": measure.gemm_rate(device), "copy": measure.copy_rate(device)}
+    rows = []
+    for case, operation in chosen:
+        begin = time.perf_counter()
+        found = time_peers(case, operation, peers, seconds, rates, device)
+        rows += found
+        if progress:
+            print(f"\n{case.name} {operation} ({time.perf_counter() - begin:.0f} s)", flush=True)
+            for row in found:
+                time_ms = "" if row.ms is None else f"{row.ms:10.3f} ms"
+                print(f"  {row.peer:38}{time_ms}{row.reason or ''}", flush=True)
+    settings = {
+        "seconds": seconds,
+        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+    }
+    threads = str(torch.get_num_threads())
+    return Report(machine.describe(device), settings, {threads: rates}, rows)
+
+
+def run_apart(arguments: Sequence[str], threads: int) -> Report:
+    """The same command with another number of threads, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "benchmarks.run", *arguments),
+                *("--threads", str(threads), "--output", str(path), "--no-pictures"),
+            ],
+            cwd=machine.ROOT,
+            check=True,
+        )
+        return results.read(path)
 
 
 def main() -> None:
-    """Parse the command line, measure, print the table and write the JSON."""
+    """Parse the command line, measure, and write JSON, table and plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
+    parser.add_argument(
+        "--operation", action="append", choices=OPERATIONS, help="default: per case"
+    )
     parser.add_argument("--peer", action="append", choices=list(PEERS), help="default: all")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time per row")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="default: 1")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="per row")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.json")
+    parser.add_argument("--no-pictures", action="store_true", help="write the JSON only")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = []
-    for case in args.case or CASES:
-        for peer in args.peer or PEERS:
-            row = measure(peer, CASES[case], args.seconds)
-            if row is not None:
-                rows.append(row)
-                print(f"{case:8} {peer:40} {row.get('ms', float('nan')):9.2f} ms", flush=True)
-    report = {
-        "fmft_fast": fmft_fast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": args.threads,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\n{table(rows)}\n\nwritten to {args.out}")
+    output = args.output or results.FOLDER / f"{args.device}.json"
+    start = time.perf_counter()
+    if len(args.threads) == 1:
+        use_threads(args.threads[0])
+        chosen = selection(args.case, args.operation, args.device)
+        report = run(chosen, args.peer or list(PEERS), args.seconds, args.device)
+    else:
+        common = ["--device", args.device, "--seconds", str(args.seconds)]
+        for flag in ("case", "operation", "peer"):
+            for name in getattr(args, flag) or ():
+                common += [f"--{flag}", name]
+        report = results.merge(run_apart(common, threads) for threads in args.threads)
+    report.settings["total_seconds"] = round(time.perf_counter() - start)
+    report.write(output)
+    print(f"\nwritten to {output} after {report.settings['total_seconds']} s")
+    if not args.no_pictures:
+        from . import plots, table
+
+        output.with_suffix(".md").write_text(table.full(report))
+        plots.speedups(report, output.with_suffix(".png"))
+        print(f"and {output.with_suffix('.md').name}, {output.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

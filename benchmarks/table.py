@@ -1,0 +1,172 @@
+"""`python -m benchmarks.table RESULTS [--update README.md]`: results as Markdown.
+
+The README's table is this table: --update rewrites what stands between its two markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import results
+from .cases import CASES
+from .peers import BASELINE, PEERS
+from .results import Report, Row
+
+START, END = "<!-- benchmark table: python -m benchmarks.table -->", "<!-- end of the table -->"
+
+
+def summary(report: Report, operation: str = "gradient", threads: int = 1) -> str:
+    """Times of one operation: a row for each peer, a column for each case, the best in bold."""
+    rows = [r for r in report.rows if r.operation == operation and r.threads == threads]
+    cases = [name for name in CASES if any(r.case == name and r.ms for r in rows)]
+    peers = [name for name in PEERS if any(r.peer == name and r.ms for r in rows)]
+    best = {
+        case: min((r.ms for r in rows if r.case == case and r.ms), default=None) for case in cases
+    }
+    lines = [
+        f"| {OPERATIONS[operation]}, ms | {' | '.join(cases)} |",
+        "|---|" + "---|" * len(cases),
+    ]
+    for peer in peers:
+        cells = []
+        for case in cases:
+            row = report.find(case, operation, peer, threads)
+            if row is None or row.ms is None:
+                cells.append("wrong" if row and (row.reason or "").startswith("wrong") else "-")
+            else:
+                text = short(row.ms)
+                cells.append(f"**{text}**" if row.ms == best[case] else text)
+        lines.append(f"| {peer} | {' | '.join(cells)} |")
+    ours = [name for name in peers if name.startswith("fmft_fast")]
+    if ours and BASELINE in peers:
+        cells = []
+        for case in cases:
+            gains = (report.speedup(case, operation, name, threads) for name in ours)
+            best_gain = max((gain for gain in gains if gain), default=None)
+            cells.append("-" if best_gain is None else f"{short(best_gain)}x")
+        lines.append(f"| best of fmft_fast against {BASELINE} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+OPERATIONS = {
+    "forward": "forward",
+    "gradient": "forward + backward",
+    "training": "forward + backward + AdamW",
+}
+
+
+def readme(report: Report) -> str:
+    """What stands in the README: the summary of gradients and where it comes from."""
+    processor = report.machine["cpu"]
+    device = report.machine["gpu"]["name"] if report.machine["gpu"] else processor["model"]
+    cases = [name for name in CASES if any(r.case == name for r in report.rows)]
+    titles = "; ".join(f"*{name}*: {CASES[name].title}" for name in cases)
+    versions = report.machine["packages"]
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "jax") if versions[name])
+    source = (
+        f"{device} ({report.machine['class']}), one thread, float32, {shown}, "
+        f"{report.machine['date'][:10]}. {titles}."
+    )
+    return f"{summary(report)}\n\n{source}"
+
+
+def full(report: Report) -> str:
+    """Everything: the machine, a summary for each operation, and every row."""
+    machine = report.machine
+    lines = [f"# Benchmark on {machine['cpu']['model']} ({machine['class']})", ""]
+    if machine["gpu"]:
+        lines += [f"GPU: {machine['gpu']['name']}, {machine['gpu']['clocks']}", ""]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
+    command = report.settings.get("command", "")
+    lines += [f"`{command}`, commit {machine['commit']}, {machine['date']}. {versions}.", ""]
+    for threads, rates in report.rates.items():
+        lines.append(
+            f"With {threads} thread(s): best torch.mm {rates['gemm'] / 1e9:.0f} GFLOP/s, "
+            f"copy {rates['copy'] / 1e9:.1f} GB/s."
+        )
+    lines += ["", "Cases:", ""]
+    lines += [f"- {n}: {CASES[n].title}" for n in CASES if any(r.case == n for r in report.rows)]
+    lines += [
+        "",
+        "Useful FLOPs are those of products and convolutions, the backward pass twice the forward "
+        "one, nothing computed again, the product with a condition once in a solve; activations "
+        "are not counted. GEMM share: useful FLOP/s over the best torch.mm. Roofline share: the "
+        "time that both rates allow over the time taken.",
+    ]
+    for threads in sorted({r.threads for r in report.rows}):
+        for operation in OPERATIONS:
+            if any(r.operation == operation and r.threads == threads for r in report.rows):
+                lines += ["", f"## {OPERATIONS[operation]}, {threads} thread(s)", ""]
+                lines.append(summary(report, operation, threads))
+    lines += [
+        "",
+        "## All rows",
+        "",
+        "| case | operation | peer | threads | ms (20/80 %) | runs | cores | x torchdiffeq | error "
+        "| evaluations | peak MB | GFLOP/s | GEMM share | roofline share |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_line(report, row) for row in report.rows]
+    return "\n".join(lines) + "\n"
+
+
+def _line(report: Report, row: Row) -> str:
+    start = f"| {row.case} | {row.operation} | {row.peer} | {row.threads} "
+    if row.ms is None:
+        return f"{start}| {row.reason} | | | | | | | | | |"
+    gain = report.speedup(row.case, row.operation, row.peer, row.threads)
+    errors = (row.gradient_error, row.update_error, row.value_error)
+    error = next((e for e in errors if e is not None), 0.0)
+    memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.2f}"
+    cells = (
+        f"{row.ms:.3f} ({row.ms_20:.3f} / {row.ms_80:.3f})",
+        row.runs,
+        f"{row.cores:.1f}",
+        "" if gain is None else f"{gain:.2f}",
+        f"{error:.0e}",
+        row.evaluations or "",
+        memory,
+        f"{row.gflops:.1f}",
+        f"{row.gemm_share:.1%}",
+        f"{row.roofline_share:.1%}",
+    )
+    return f"{start}| {' | '.join(map(str, cells))} |"
+
+
+def short(number: float) -> str:
+    """Three digits."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def update(text: str, table: str) -> str:
+    """The text with the table between the markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"expected the markers {START!r} and {END!r}, each on a line of its own")
+    return f"{before}{START}\n\n{table}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Print the README's table, or write it there."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("results", type=Path, help="JSON written by python -m benchmarks.run")
+    parser.add_argument("--update", type=Path, metavar="README", help="rewrite its table")
+    parser.add_argument("--full", action="store_true", help="all operations and rows")
+    args = parser.parse_args()
+    report = results.read(args.results)
+    text = full(report) if args.full else readme(report)
+    if args.update is None:
+        print(text)
+    else:
+        old = args.update.read_text(encoding="utf-8")
+        args.update.write_text(update(old, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
