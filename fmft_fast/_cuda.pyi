@@ -57,3 +57,40 @@ def dense_eval(
 def architectures() -> list[str]: ...
 def runtime_version() -> int: ...
 def device_count() -> int: ...
+
+class Field:
+    def __init__(
+        self,
+        head: Sequence[int],
+        layers: Sequence[Sequence[int]],
+        terms: Sequence[Sequence[int]],
+        skips: Sequence[int],
+        skippers: Sequence[int],
+        consumers: Sequence[int],
+        /,
+    ) -> None: ...
+
+class Solve:
+    def __init__(
+        self,
+        addresses: Sequence[Sequence[int]],
+        columns: Sequence[int],
+        parameter_at: Sequence[int],
+        table_at: Sequence[int],
+        gradient_size: int,
+        a: Sequence[Sequence[float]],
+        b: Sequence[float],
+        batch: int,
+        steps: int,
+        /,
+    ) -> None: ...
+
+def trajectory_shared_memory(device: int, /) -> int: ...
+def multiprocessors(device: int, /) -> int: ...
+def trajectory_capacity(field: Field, backward: bool, device: int, /) -> int: ...
+def trajectory_forward(
+    field: Field, solve: Solve, blocks: int, device: int, stream: int, /
+) -> None: ...
+def trajectory_backward(
+    field: Field, solve: Solve, blocks: int, gradients: int, device: int, stream: int, /
+) -> None: ...

@@ -1,10 +1,11 @@
-// fmft_fast._cuda: the step ops on a GPU, on raw pointers and torch's current stream. The caller owns
+// fmft_fast._cuda: step ops and whole solves on a GPU, on raw pointers and torch's current stream. The caller owns
 // every check of shapes and devices. `h_device`, when not 0, is the address of the step on the device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "../cuda/step.h"
 #include "step_call.h"
+#include "trajectory_cuda.h"
 
 namespace py = pybind11;
 using namespace fmft;
@@ -73,11 +74,12 @@ std::vector<std::string> architectures() {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.doc() = "Step ops on a GPU, on raw pointers.";
+  module.doc() = "Step ops and whole solves on a GPU, on raw pointers.";
   module.attr("PARTIALS") = cuda::kPartials;
   module.def("rk_combine", &rk_combine);
   module.def("rk_finish", &rk_finish);
   module.def("dense_eval", &dense_eval);
+  bind_trajectory(module);
   module.def("architectures", &architectures);
   module.def("runtime_version", &cuda::runtime_version);
   module.def("device_count", &cuda::device_count);

@@ -7,12 +7,25 @@
 #define FMFT_KERNEL __global__ void
 #define FMFT_DEVICE __device__ __forceinline__
 #define FMFT_SHARED __shared__
+#define FMFT_GRID_CONSTANT __grid_constant__
 
 namespace fmft::cuda {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream, Args... args) {
   kernel<<<grid, threads, 0, stream>>>(args...);
+}
+
+// With so many bytes of dynamic_shared(), which the kernel must have been allowed before.
+template <class... Params, class... Args>
+void launch_with(size_t bytes, void (*kernel)(Params...), dim3 grid, int threads,
+                 cudaStream_t stream, const Args&... args) {
+  kernel<<<grid, threads, bytes, stream>>>(args...);
+}
+
+FMFT_DEVICE unsigned char* dynamic_shared() {
+  extern __shared__ float4 fmft_dynamic_shared[];
+  return reinterpret_cast<unsigned char*>(fmft_dynamic_shared);
 }
 
 }  // namespace fmft::cuda

@@ -1,0 +1,106 @@
+// Activations and their derivatives, in the order of ACTIVATIONS in fmft_fast/ops/network.py.
+#pragma once
+#include <cmath>
+
+#include "mma.h"
+
+namespace fmft::cuda {
+
+template <auto V>
+struct Constant {
+  static constexpr auto value = V;
+};
+
+enum class Activation : int {
+  identity, relu, leaky_relu, elu, selu, silu, gelu, gelu_tanh, tanh, sigmoid, softplus
+};
+
+// Fast is for products of single bf16 numbers: an error of 2^-11 is theirs too. Else the error is that
+// of float32: where exp enters a sigmoid, its |x| ulp are multiplied by s (1 - s).
+template <bool Fast>
+FMFT_DEVICE float sigmoid_of(float x) {
+  return fast_reciprocal(1.0f + fast_exp(-x));
+}
+
+template <bool Fast>
+FMFT_DEVICE float tanh_of(float x) {
+  return Fast ? fast_tanh(x) : tanhf(x);
+}
+
+template <bool Fast>
+FMFT_DEVICE float minus_one_exp(float x) {
+  return Fast ? fast_exp(x) - 1.0f : expm1f(x);
+}
+
+// Returns the value at z and, in `slope`, the derivative; `p` is the layer's own number.
+template <Activation A, bool Fast>
+FMFT_DEVICE float activation(float z, float p, float& slope) {
+  if constexpr (A == Activation::relu) {
+    slope = z > 0 ? 1.0f : 0.0f;
+    return z > 0 || z != z ? z : 0.0f;
+  } else if constexpr (A == Activation::leaky_relu) {
+    slope = z > 0 ? 1.0f : p;
+    return slope * z;
+  } else if constexpr (A == Activation::elu || A == Activation::selu) {
+    constexpr bool scaled = A == Activation::selu;
+    const float scale = scaled ? 1.0507009873554804934193349852946f : 1.0f;
+    const float alpha = scaled ? scale * 1.6732632423543772848170429916717f : p;
+    const float below = alpha * minus_one_exp<Fast>(z);
+    slope = z > 0 ? scale : below + alpha;
+    return z > 0 ? scale * z : below;
+  } else if constexpr (A == Activation::silu) {
+    const float s = sigmoid_of<Fast>(z);
+    slope = s * (1.0f + z * (1.0f - s));
+    return z * s;
+  } else if constexpr (A == Activation::gelu) {
+    const float cdf = 0.5f * (1.0f + erff(0.70710678118654752440f * z));
+    slope = cdf + z * 0.39894228040143267794f * fast_exp(-0.5f * z * z);
+    return z * cdf;
+  } else if constexpr (A == Activation::gelu_tanh) {
+    constexpr float k = 0.79788456080286535588f, c = 0.044715f;
+    const float t = tanh_of<Fast>(k * (z + c * z * z * z));
+    slope = 0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) * k * (1.0f + 3.0f * c * z * z);
+    return 0.5f * z * (1.0f + t);
+  } else if constexpr (A == Activation::tanh) {
+    const float t = tanh_of<Fast>(z);
+    slope = 1.0f - t * t;
+    return t;
+  } else if constexpr (A == Activation::sigmoid) {
+    const float s = sigmoid_of<Fast>(z);
+    slope = s * (1.0f - s);
+    return s;
+  } else if constexpr (A == Activation::softplus) {
+    const float x = p * z;
+    const bool linear = x > 20.0f;  // as torch
+    slope = linear ? 1.0f : sigmoid_of<Fast>(x);
+    return linear ? z : log1pf(expf(x)) / p;
+  } else {
+    slope = 1.0f;
+    return z;
+  }
+}
+
+// Calls f with the activation as a type, so that the choice is made once per tile.
+template <class F>
+FMFT_DEVICE void with_activation(int code, F&& f) {
+#define FMFT_CASE(name)               \
+  case static_cast<int>(Activation::name): \
+    return f(Constant<Activation::name>{})
+  switch (code) {
+    FMFT_CASE(relu);
+    FMFT_CASE(leaky_relu);
+    FMFT_CASE(elu);
+    FMFT_CASE(selu);
+    FMFT_CASE(silu);
+    FMFT_CASE(gelu);
+    FMFT_CASE(gelu_tanh);
+    FMFT_CASE(tanh);
+    FMFT_CASE(sigmoid);
+    FMFT_CASE(softplus);
+    default:
+      return f(Constant<Activation::identity>{});
+  }
+#undef FMFT_CASE
+}
+
+}  // namespace fmft::cuda

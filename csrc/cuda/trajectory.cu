@@ -1,0 +1,92 @@
+#include "trajectory.h"
+
+#include "trajectory_launch.h"
+
+namespace fmft::cuda {
+namespace {
+
+// Adds up the rows of `partials`, 32 columns per block, in an order that depends on their number alone.
+constexpr int kReduceGroups = 16;
+
+FMFT_KERNEL __launch_bounds__(32 * kReduceGroups) reduce_kernel(const float* partials, int rows,
+                                                                int64_t size, float* out) {
+  FMFT_SHARED float sums[kReduceGroups][32];
+  const int group = warp();
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane();
+  float sum = 0.0f;
+  if (column < size) {
+#pragma unroll 4
+    for (int row = group; row < rows; row += kReduceGroups) sum += partials[row * size + column];
+  }
+  sums[group][lane()] = sum;
+  __syncthreads();
+  if (group > 0 || column >= size) return;
+  for (int other = 1; other < kReduceGroups; ++other) sum += sums[other][lane()];
+  out[column] = sum;
+}
+
+TrajectoryKernel kernel_of(const Field& field, bool backward) {
+  switch (field.split) {
+    case 1:
+      return trajectory_kernel<1>(field.row_tiles, backward);
+    case 2:
+      return trajectory_kernel<2>(field.row_tiles, backward);
+    default:
+      return trajectory_kernel<3>(field.row_tiles, backward);
+  }
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "asking for a CUDA device's limits");
+  return value;
+}
+
+void run(const Field& field, const Solve& solve, bool backward, int blocks, const Queue& queue) {
+  launch_with(field.bytes, kernel_of(field, backward), blocks, 32 * field.warps, stream_of(queue),
+              field, solve);
+  check(cudaGetLastError(), backward ? "launching the adjoint of a solve" : "launching a solve");
+}
+
+}  // namespace
+
+int trajectory_shared_memory(int device) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+int trajectory_capacity(const Field& field, bool backward, int device) {
+  const DeviceGuard guard(device);
+  const TrajectoryKernel kernel = kernel_of(field, backward);
+  const char* what = "reserving shared memory for a solve";
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             trajectory_shared_memory(device)),
+        what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        what);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * field.warps,
+                                                      static_cast<size_t>(field.bytes)),
+        what);
+  return blocks * multiprocessors(device);
+}
+
+void trajectory_forward(const Field& field, const Solve& solve, int blocks, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  run(field, solve, false, blocks, queue);
+}
+
+void trajectory_backward(const Field& field, const Solve& solve, int blocks, float* gradients,
+                         const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  run(field, solve, true, blocks, queue);
+  if (solve.partials == nullptr || solve.gradient_size == 0) return;
+  launch(reduce_kernel, static_cast<unsigned>((solve.gradient_size + 31) / 32), 32 * kReduceGroups,
+         stream_of(queue), static_cast<const float*>(solve.partials), blocks, solve.gradient_size,
+         gradients);
+  check(cudaGetLastError(), "launching the sum of a solve's gradients");
+}
+
+}  // namespace fmft::cuda

@@ -1,0 +1,573 @@
+"""Whole-trajectory kernels of the compiled module `fmft_fast._cuda`, on torch tensors of a GPU.
+
+A block of the kernels keeps all weights and the values of all layers in shared memory. This module
+plans what lies where (`plan`). Where the gradients of the weights do not fit as well, they are left
+to one product per matrix at the end (`deferred`); a field that does not fit even so is refused.
+Products are made of one to three bf16 terms of each number, as
+`torch.get_float32_matmul_precision()` asks; all else is float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmft_fast import _cuda
+from fmft_fast.errors import InputError
+from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term
+from fmft_fast.ops.trajectory import Keep, Program, rebuild
+
+SPLITS = {"medium": 1, "high": 2, "highest": 3}
+MAX_WARPS, MAX_STAGES, MAX_LAYERS, MAX_TERMS, MAX_SKIPS = 8, 7, 12, 24, 12
+MAX_PARAMETERS, MAX_TABLES, MAX_CONDS = 32, 12, 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A field as a kernel takes it.
+
+    Attributes:
+        field: the plan in the form of `_cuda`.
+        rows: samples of a block.
+        bytes: shared memory of a block.
+        deferred: whether the gradients of the weights are left to `backward`.
+    """
+
+    field: Any
+    rows: int
+    bytes: int
+    deferred: bool
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    network: Network, split: int, row_tiles: int, stages: int, backward: bool, deferred: bool
+) -> Plan:
+    """Lay out shared memory and the order of work for a network that `_unsupported` lets pass."""
+    layers, last = _with_identities(network), len(network.layers) - 1
+    rows, tiles = 16 * row_tiles, [_tiles(network.width(v)) for v in range(len(layers) + 1)]
+    warps = min(MAX_WARPS, max(tiles))
+    terms = [(i, term) for i, layer in enumerate(layers) for term in layer.terms]
+    readers = [[j for j, (_, x) in enumerate(terms) if x.source == v] for v in range(last + 1)]
+    skippers = [[i for i, x in enumerate(layers) if v in x.skips] for v in range(last + 1)]
+    order = _Order(layers, backward, backward and not deferred)
+
+    def staged(v: int) -> int:
+        return 2 * split * rows * (16 * tiles[v] + 8)
+
+    lanes = [1024 * row_tiles * n for n in tiles]
+    fixed = _Region()
+    packed = [
+        fixed.take(2 * split * 16 * tiles[i + 1] * (16 * tiles[term.source] + 8))
+        for i, term in terms
+    ]
+    vectors = [
+        fixed.take(64 * tiles[i + 1] * (1 + (layer.time is not None)))
+        for i, layer in enumerate(layers)
+    ]
+    stages_at = fixed.take(4 * (1 + stages) * rows * network.state)
+    slopes_at = fixed.take(4 * rows * network.state * backward)
+    conds = [fixed.take(lanes[i + 1] * (x.cond is not None)) for i, x in enumerate(layers)]
+    cond_sums = [
+        fixed.take(lanes[i + 1] * (x.cond is not None and backward)) for i, x in enumerate(layers)
+    ]
+    zero_begin = fixed.size
+    state_value = fixed.take(staged(0))
+    slope_staged = fixed.take(staged(0) * backward)
+    sums = [
+        fixed.take(1024 * tiles[i + 1] * tiles[term.source] * (backward and not deferred))
+        for i, term in terms
+    ]
+    vector_sums = [
+        fixed.take(64 * tiles[i + 1] * (1 + (x.time is not None)) * backward)
+        if x.bias is not None or x.time is not None or x.table is not None
+        else -1
+        for i, x in enumerate(layers)
+    ]
+    zero_end = fixed.size
+
+    lives = {("value", i): (staged(i + 1), *order.value(i + 1)) for i in range(last)}
+    if backward:
+        lives |= {("delta", i): (staged(i + 1), *order.delta(i)) for i in range(last)}
+        lives |= {("derivative", i): (lanes[i + 1], *order.derivative(i)) for i in range(last)}
+        lives |= {
+            ("gradient", i): (lanes[i + 1], *order.delta(i)) for i in range(last) if layers[i].skips
+        }
+    splits = max(1, warps // tiles[0])
+    lives["partial", 0] = (4 * splits * rows * 16 * tiles[0], order.end, order.end + 1)
+    places, total = _place(lives, zero_end)
+
+    def place(name: str, i: int) -> int:
+        return places.get((name, i), -1)
+
+    starts = _starts([tiles[i + 1] for i in range(last + 1)], warps)
+    sum_starts = _starts([tiles[i + 1] * -(-tiles[x.source] // 2) for i, x in terms], warps)
+    consumers, skipper_list, skip_list = _Chained(readers), _Chained(skippers), _Chained([])
+    described = []
+    for i, layer in enumerate(layers):
+        v = i + 1
+        first_term = next(j for j, (owner, _) in enumerate(terms) if owner == i)
+        time, column = layer.time or (-1, 0)
+        described.append(
+            [
+                layer.width,
+                tiles[v],
+                starts[i],
+                order.waits[i],
+                order.waits_backward[i],
+                first_term,
+                len(layer.terms),
+                *skip_list.add(list(layer.skips)),
+                *(consumers.at[v] if i < last else (0, 0)),
+                *(skipper_list.at[v] if i < last else (0, 0)),
+                _number(layer.bias),
+                time,
+                column,
+                _number(layer.table),
+                _number(layer.cond),
+                ACTIVATIONS.index(layer.activation),
+                struct.unpack("i", struct.pack("f", layer.slope))[0],
+                vectors[i],
+                place("value", i),
+                slope_staged if i == last else place("delta", i),
+                place("derivative", i),
+                place("gradient", i),
+                conds[i],
+                cond_sums[i],
+                vector_sums[i],
+                i if deferred else -1,
+            ]
+        )
+    head = [split, row_tiles, warps, total, network.state, tiles[0], len(layers), len(terms)]
+    head += [*consumers.at[0], *skipper_list.at[0], zero_begin, zero_end, state_value, stages_at]
+    head += [place("partial", 0), slopes_at, order.waits[last], deferred]
+    field = _cuda.Field(
+        [int(x) for x in head],
+        [[int(x) for x in row] for row in described],
+        [
+            [i, x.source, _number(x.weight), x.column, packed[j], sums[j], sum_starts[j]]
+            for j, (i, x) in enumerate(terms)
+        ],
+        skip_list.flat,
+        skipper_list.flat,
+        consumers.flat,
+    )
+    return Plan(field, rows, total, deferred)
+
+
+class _Order:
+    """Between which layers a block waits, and so when each value is written and last read.
+
+    Time is counted in barriers since the start of a stage.
+    """
+
+    def __init__(self, layers: list[Layer], backward: bool, weights: bool):
+        last = len(layers) - 1
+        now = 1
+        self.made: dict[Any, int] = {0: 0}
+        self.read: dict[Any, int] = defaultdict(int)
+        self.waits, self.waits_backward = [0] * len(layers), [0] * len(layers)
+        for i, layer in enumerate(layers):
+            if backward and i == last:
+                break
+            sources = [*(term.source for term in layer.terms), *layer.skips]
+            self.waits[i] = int(any(self.made[v] == now for v in sources))
+            now += self.waits[i]
+            self.made[i + 1] = now
+            self.read |= {v: now for v in sources}
+        if backward:
+            now = self._backward(layers, now, weights)
+        self.end = now
+
+    def _backward(self, layers: list[Layer], now: int, weights: bool) -> int:
+        last = done = len(layers) - 1
+        done += 1
+        self.made["delta", last] = 0
+        for v in range(last, -1, -1):
+            readers = [
+                i for i, x in enumerate(layers) if v in (*(t.source for t in x.terms), *x.skips)
+            ]
+            if v in (0, last) or any(self.made["delta", i] == now for i in readers):
+                now += 1
+                self.waits_backward[v - 1] = int(v > 0)
+                for i in range(v, done) if weights else ():
+                    self.read["delta", i] = max(self.read["delta", i], now)
+                    self.read |= {term.source: now for term in layers[i].terms}
+                done = v
+            self.read |= {("delta", i): now for i in readers}
+            self.made["delta", v - 1] = now
+        return now
+
+    def value(self, v: int) -> tuple[int, int]:
+        """When value v is written and last read."""
+        return self.made[v], max(self.read[v], self.made[v])
+
+    def delta(self, i: int) -> tuple[int, int]:
+        """The same for the gradients that belong to layer i."""
+        return self.made["delta", i], max(self.read["delta", i], self.made["delta", i])
+
+    def derivative(self, i: int) -> tuple[int, int]:
+        """The same for the derivative of the activation of layer i."""
+        return self.made[i + 1], self.made["delta", i]
+
+
+class _Region:
+    """Memory that is given away piece by piece."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def take(self, size: int) -> int:
+        self.size += size
+        return self.size - size
+
+
+class _Chained:
+    """Lists in one, and where each begins and how long it is."""
+
+    def __init__(self, lists: list[list[int]]):
+        self.flat: list[int] = []
+        self.at = [self.add(numbers) for numbers in lists]
+
+    def add(self, numbers: list[int]) -> tuple[int, int]:
+        self.flat += numbers
+        return len(self.flat) - len(numbers), len(numbers)
+
+
+def _place(lives: dict[Any, tuple[int, int, int]], base: int) -> tuple[dict[Any, int], int]:
+    """Place pieces of (size, first use, last use) so that those in use together do not overlap."""
+    places: dict[Any, int] = {}
+    for name, (size, first, end) in sorted(lives.items(), key=lambda x: (-x[1][0], x[1][1])):
+        others = [
+            (places[other], places[other] + lives[other][0])
+            for other in places
+            if lives[other][1] <= end and first <= lives[other][2]
+        ]
+        candidates = sorted([base, *(stop for _, stop in others)])
+        places[name] = next(
+            at for at in candidates if all(at + size <= a or at >= b for a, b in others)
+        )
+    return places, max([base, *(places[name] + lives[name][0] for name in places)])
+
+
+def _with_identities(network: Network) -> list[Layer]:
+    """Return the layers; values that the last one adds become terms with the identity."""
+    *hidden, last = network.layers
+    added = tuple(Term(v, None) for v in last.skips)
+    return [*hidden, replace(last, terms=(*last.terms, *added), skips=())]
+
+
+def _tiles(width: int) -> int:
+    return -(-width // 16)
+
+
+def _number(index: int | None) -> int:
+    return -1 if index is None else index
+
+
+def _starts(counts: list[int], warps: int) -> list[int]:
+    """Return the warp that begins each list of items, so that the last ones go on from there."""
+    return [sum(counts[:i]) % warps for i in range(len(counts))]
+
+
+def _unsupported(network: Network, stages: int, batch: int, dtype: torch.dtype) -> str | None:
+    layers, last = _with_identities(network), network.layers[-1]
+    terms = [term for layer in layers for term in layer.terms]
+    weights = [term.weight for term in terms]
+    numbers = [n for x in layers for n in (*(t.weight for t in x.terms), x.bias) if n is not None]
+    numbers += [layer.time[0] for layer in layers if layer.time]
+    limits = (
+        ("layers", len(layers), MAX_LAYERS),
+        ("matrices", len(terms), MAX_TERMS),
+        ("skips", sum(len(layer.skips) for layer in layers), MAX_SKIPS),
+        ("stages", stages, MAX_STAGES),
+        ("parameters", max(numbers, default=-1) + 1, MAX_PARAMETERS),
+        ("tables", len([x for x in layers if x.table is not None]), MAX_TABLES),
+        ("per-sample biases", len([x for x in layers if x.cond is not None]), MAX_CONDS),
+    )
+    if dtype != torch.float32:
+        return f"the kernels take float32, got {dtype}"
+    if batch == 0:
+        return "the batch is empty"
+    for name, count, limit in limits:
+        if count > limit:
+            return f"the kernels take at most {limit} {name}, got {count}"
+    if any(not layer.terms for layer in layers):
+        return "a layer reads no value"
+    if last.activation != "identity" or last.cond is not None:
+        return "the last layer has an activation or a per-sample bias"
+    used = _columns(network)
+    if any(len(set(columns)) < len(columns) for columns in used.values()):
+        return "two layers share a parameter"
+    for name in ("table", "cond"):
+        uses = [n for layer in layers if (n := getattr(layer, name)) is not None]
+        if len(set(uses)) < len(uses):
+            return f"two layers share a {name}"
+    return None if weights else "the field has no matrix"
+
+
+def _columns(network: Network) -> dict[int, list[int]]:
+    """Return the columns of every parameter that the network reads."""
+    used: dict[int, list[int]] = defaultdict(list)
+    for layer in network.layers:
+        for term in layer.terms:
+            if term.weight is not None:
+                width = network.width(term.source)
+                used[term.weight] += range(term.column, term.column + width)
+        if layer.bias is not None:
+            used[layer.bias].append(0)
+        if layer.time is not None:
+            used[layer.time[0]].append(layer.time[1])
+    return used
+
+
+def _split() -> int:
+    return SPLITS[torch.get_float32_matmul_precision()]
+
+
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    """Return the shared memory of a block and the number of multiprocessors."""
+    return _cuda.trajectory_shared_memory(device), _cuda.multiprocessors(device)
+
+
+def _fitting(
+    network: Network, split: int, stages: int, batch: int, backward: bool, device: int
+) -> Plan | None:
+    """Return the plan to run; more rows share the weights, fewer fill a machine sooner."""
+    limit, processors = _limits(device)
+    row_tiles = (1,) if batch <= 16 * processors else (2, 1)
+    for deferred in (False, True) if backward else (False,):
+        for rows in row_tiles:
+            found = plan(network, split, rows, stages, backward, deferred)
+            if found.bytes <= limit:
+                return found
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _capacity(found: Plan, backward: bool, device: int) -> int:
+    """Return how many blocks run at once; it also lets the kernel use the memory it needs."""
+    return _cuda.trajectory_capacity(found.field, backward, device)
+
+
+def _blocks(found: Plan, backward: bool, batch: int, device: int) -> int:
+    return min(-(-batch // found.rows), max(1, _capacity(found, backward, device)))
+
+
+def _device() -> int:
+    return torch.cuda.current_device()
+
+
+def _queue(y: Tensor) -> tuple[int, int]:
+    return y.device.index, torch.cuda.current_stream(y.device).cuda_stream
+
+
+_UPLOADS: dict[Any, Tensor] = {}
+
+
+def _uploaded(program: Program, y: Tensor, queue: tuple[int, int]) -> list[int]:
+    """Return the addresses of times, h, first outputs and dense weights on the device.
+
+    They are kept for the next solve of the same steps, without which no solve could be captured.
+    """
+    states = [sum(o < n for o in program.outputs) for n in range(program.steps + 2)]
+    first = torch.tensor(states, dtype=torch.int32).view(torch.float32)
+    parts = [program.times.flatten().float(), program.h.float(), first]
+    if program.weights is not None:
+        parts.append(program.weights.flatten().float())
+    host = torch.cat(parts)
+    key = (host.numpy().tobytes(), *queue)
+    found = _UPLOADS.pop(key, None)
+    if found is None:
+        if y.is_cuda:
+            host = host.pin_memory()
+        found = host.to(y.device, non_blocking=True)
+        while len(_UPLOADS) >= 64:
+            del _UPLOADS[next(iter(_UPLOADS))]
+    _UPLOADS[key] = found
+    starts = [4 * sum(p.numel() for p in parts[:i]) for i in range(len(parts))]
+    return [found.data_ptr() + at for at in starts] + [0] * (4 - len(parts))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(inputs: Inputs) -> Inputs:
+    tensors = [inputs.y0, *inputs.parameters, *inputs.tables, *inputs.conds]
+    return rebuild(inputs, [x.detach().contiguous() for x in tensors])
+
+
+def _columns_of(inputs: Inputs) -> list[int]:
+    return [x.shape[1] if x.dim() == 2 else 1 for x in inputs.parameters]
+
+
+@dataclass(frozen=True)
+class _Trajectory:
+    name: str = "cuda"
+
+    def refuses(self, network: Network, stages: int, batch: int, dtype: torch.dtype) -> str | None:
+        """See `TrajectoryKernels`."""
+        reason = _unsupported(network, stages, batch, dtype)
+        if reason:
+            return reason
+        device, split = _device(), _split()
+        for backward in (False, True):
+            if _fitting(network, split, stages, batch, backward, device) is None:
+                need = plan(network, split, 1, stages, backward, backward).bytes
+                return (
+                    f"its weights and values take {need} bytes of shared memory and the device has "
+                    f"{_limits(device)[0]} for a block"
+                )
+        return None
+
+    def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
+        """See `TrajectoryKernels`."""
+        inputs, split = _contiguous(inputs), _split()
+        y0 = inputs.y0
+        assert y0 is not None
+        batch, state = y0.shape
+        queue = _queue(y0)
+        found = _checked(program, y0, split, False, queue[0])
+        out = y0.new_empty(len(program.outputs), batch, state)
+        kept = None
+        if keep != "nothing":
+            kept = y0.new_empty(program.steps * program.stages, batch, state)
+        solve = _cuda.Solve(
+            [
+                [y0.data_ptr(), out.data_ptr(), _address(kept), 0, 0, 0],
+                _uploaded(program, y0, queue),
+                [x.data_ptr() for x in inputs.parameters],
+                [x.data_ptr() for x in inputs.tables],
+                [x.data_ptr() for x in inputs.conds],
+                [],
+                [],
+                [],
+            ],
+            _columns_of(inputs),
+            [],
+            [],
+            0,
+            _square(program),
+            program.b,
+            batch,
+            program.steps,
+        )
+        blocks = _blocks(found, False, batch, queue[0])
+        _cuda.trajectory_forward(found.field, solve, blocks, *queue)
+        return out, (kept, split)
+
+    def backward(
+        self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs
+    ) -> Inputs:
+        """See `TrajectoryKernels`."""
+        stage_inputs, split = kept
+        inputs, grad = _contiguous(inputs), grad.contiguous()
+        y0 = inputs.y0
+        assert y0 is not None
+        batch, network = y0.shape[0], program.network
+        queue = _queue(y0)
+        found = _checked(program, y0, split, True, queue[0])
+        blocks = _blocks(found, True, batch, queue[0])
+        sizes = [x.numel() if w else -1 for x, w in _pairs(inputs, wanted)]
+        places = [
+            sum(n for n in sizes[:i] if n > 0) if sizes[i] >= 0 else -1 for i in range(len(sizes))
+        ]
+        total = sum(n for n in sizes if n > 0)
+        used = _columns(network)
+        whole = not found.deferred and all(
+            len(used[i]) == columns for i, columns in enumerate(_columns_of(inputs))
+        )
+        make = torch.empty if whole else torch.zeros
+        partials = make((blocks, total), device=y0.device) if total else None
+        flat = y0.new_empty(total)
+        grad_y0 = torch.empty_like(y0) if wanted.y0 else None
+        conds = [
+            torch.empty_like(x) if w else None
+            for x, w in zip(inputs.conds, wanted.conds, strict=True)
+        ]
+        values, deltas = _room(network, stage_inputs) if found.deferred else ([], [])
+        split_at = len(inputs.parameters)
+        solve = _cuda.Solve(
+            [
+                [y0.data_ptr(), 0, stage_inputs.data_ptr(), grad.data_ptr(), _address(grad_y0)]
+                + [_address(partials)],
+                _uploaded(program, y0, queue),
+                [x.data_ptr() for x in inputs.parameters],
+                [x.data_ptr() for x in inputs.tables],
+                [x.data_ptr() for x in inputs.conds],
+                [_address(x) for x in conds],
+                [_address(x) for x in values[1:]],
+                [_address(x) for x in deltas],
+            ],
+            _columns_of(inputs),
+            places[:split_at],
+            places[split_at:],
+            total,
+            _square(program),
+            program.b,
+            batch,
+            program.steps,
+        )
+        _cuda.trajectory_backward(found.field, solve, blocks, flat.data_ptr(), *queue)
+        shaped = [
+            flat[at : at + n].view(x.shape) if n >= 0 else None
+            for at, n, (x, _) in zip(places, sizes, _pairs(inputs, wanted), strict=True)
+        ]
+        if found.deferred:
+            _add_products(network, shaped, values, deltas)
+        return rebuild(inputs, [grad_y0, *shaped, *conds])
+
+
+def _checked(program: Program, y0: Tensor, split: int, backward: bool, device: int) -> Plan:
+    """Return the plan, or raise for a solve that `refuses` would have kept from here."""
+    reason = _unsupported(program.network, program.stages, y0.shape[0], y0.dtype)
+    found = None
+    if reason is None:
+        found = _fitting(program.network, split, program.stages, y0.shape[0], backward, device)
+    if found is None:
+        raise InputError(
+            "expected a solve that the CUDA trajectory kernels take, got one that they refuse: "
+            f"{reason or 'it needs more shared memory than the device has'}; use backend='auto'"
+        )
+    return found
+
+
+def _pairs(inputs: Inputs, wanted: Inputs) -> list[tuple[Tensor, bool]]:
+    """Return parameters and tables, and whether their gradients are wanted."""
+    tensors = [*inputs.parameters, *inputs.tables]
+    return list(zip(tensors, [*wanted.parameters, *wanted.tables], strict=True))
+
+
+def _square(program: Program) -> list[list[float]]:
+    """Return a with rows of one length."""
+    return [[*row, *[0.0] * (program.stages - len(row))] for row in program.a]
+
+
+def _room(network: Network, stage_inputs: Tensor) -> tuple[list[Any], list[Any]]:
+    """Return memory for the values and the gradients of all layers in all stages."""
+    count, batch, _ = stage_inputs.shape
+    rooms = [stage_inputs.new_empty(count, batch, layer.width) for layer in network.layers]
+    return [stage_inputs, *(torch.empty_like(x) for x in rooms[:-1]), None], rooms
+
+
+def _add_products(network: Network, grads: list[Any], values: list[Any], deltas: list[Any]) -> None:
+    """Write the gradients of the matrices, one product over all stages each."""
+    for layer, delta in zip(network.layers, deltas, strict=True):
+        for term in layer.terms:
+            if term.weight is None or grads[term.weight] is None:
+                continue
+            columns = slice(term.column, term.column + network.width(term.source))
+            grads[term.weight][:, columns] = delta.flatten(0, 1).T @ values[term.source].flatten(
+                0, 1
+            )
+
+
+KERNELS = _Trajectory()
