@@ -61,3 +61,7 @@ class NonFiniteWarning(RuntimeWarning):
 
 class CouplingWarning(UserWarning):
     """A coupling is likely to collapse the model (see `fmft_fast.flow.couplings`)."""
+
+
+class CaptureWarning(UserWarning):
+    """Work on a GPU could not be recorded as a CUDA graph and runs call by call."""

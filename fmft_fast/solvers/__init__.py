@@ -7,6 +7,7 @@ from .drop_in import odeint, odeint_dense, odeint_event
 from .exact import solve, stage_time_table
 from .inputs import Perturb
 from .methods import METHODS, Method, find_method
+from .recorder import cuda_graphs
 from .solution import Solution
 from .stats import SolveStats, record_stats
 from .tableau import Tableau
@@ -19,6 +20,7 @@ __all__ = [
     "Solution",
     "SolveStats",
     "Tableau",
+    "cuda_graphs",
     "find_method",
     "odeint",
     "odeint_adjoint",

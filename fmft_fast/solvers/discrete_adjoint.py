@@ -26,6 +26,7 @@ from torch import Tensor
 from ..errors import GradientError
 from ..ops.backend import StepKernels
 from .fixed import Step
+from .graphs import find_graphs
 from .inputs import expand_result
 from .replay import KnownTensors, Surroundings, without_hooks
 from .tableau import Tableau
@@ -89,6 +90,18 @@ class DiscretePlan:
             k.append(evaluate(n, i, inputs[i]))
         return combine(y, k, h, self.tableau.b), inputs
 
+    def step_back(self, h: Step, lam: Tensor, pull: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """From dL/dy_{n+1} to dL/dy_n, with ybar_i = pull(i, kbar_i)."""
+        a, b, combine = self.tableau.a, self.tableau.b, self.kernels.rk_combine
+        bars: list[Tensor] = []  # ybar of the stages after i, the last stage first
+        for i in range(self.tableau.stages - 1, -1, -1):
+            k_bar = lam * (h * b[i])
+            if bars:
+                later = range(self.tableau.stages - 1, i, -1)
+                k_bar = combine(k_bar, bars, h, tuple(a[j][i] for j in later))
+            bars.append(pull(i, k_bar))
+        return combine(lam, bars, 1.0, (1.0,) * len(bars))
+
 
 class DiscreteSolve(torch.autograd.Function):
     """Forward: steps without a graph. Backward: the discrete adjoint.
@@ -118,7 +131,12 @@ class DiscreteSolve(torch.autograd.Function):
             known.refuse_doubled(known.refuse_lost(k, leaf))
             return k.detach()
 
-        if plan.known is not None:
+        graphs = find_graphs(plan, x0, table, cond, params)
+        replayed = graphs.forward(x0) if graphs and plan.known is None else None
+        if replayed is not None:
+            states, inputs = replayed
+            around.settled()
+        elif plan.known is not None:
             states, inputs, slope = plan.known
             evaluate(0, 0, states[0])
             around.end_adaptive(slope)
@@ -129,9 +147,11 @@ class DiscreteSolve(torch.autograd.Function):
                 states.append(y)
                 inputs.append([] if plan.checkpoint_every else stages)
             around.end()
+        if graphs is not None and replayed is None:
+            graphs.settle()
         if any(ctx.needs_input_grad):
             ctx.plan, ctx.times, ctx.around = plan, times, around
-            ctx.inputs = inputs
+            ctx.inputs, ctx.graphs = inputs, graphs
             ctx.checkpoints = states[:: plan.checkpoint_every] if plan.checkpoint_every else []
             ctx.params, ctx.cond = params, cond
             ctx.grid_device = grid.device
@@ -182,16 +202,13 @@ class _Backward:
         if self.time_wanted:
             self.time_bars = [[torch.zeros_like(t) for t in row] for row in self.times]
         self.h_bars: list[Tensor] = []
+        self.graphs = None if self.time_wanted or self.grid_grad else ctx.graphs
 
     def run(self, grad: Tensor) -> tuple:
         """Gradients of all inputs of the forward pass."""
-        plan = self.plan
-        steps = len(plan.h)
-        lam = grad[steps] if plan.save_all else grad
-        for n in range(steps - 1, -1, -1):
-            lam = self.step_back(n, lam)
-            if plan.save_all:
-                lam = lam + grad[n]
+        lam = self.replayed(grad)
+        if lam is None:
+            lam = self.all_steps_back(grad)
         sums = iter(self.sums)
         params = [next(sums) if wanted else None for wanted in self.params_grad]
         cond = next(sums) if self.cond_grad else None
@@ -205,28 +222,43 @@ class _Backward:
             *cast,
         )
 
+    def replayed(self, grad: Tensor) -> Tensor | None:
+        """dL/dx0 by recorded steps; None where there are none."""
+        graphs = self.graphs
+        found = graphs and graphs.backward(grad, self.inputs, self.leaves, self.cond_grad)
+        if found is None:
+            return None
+        lam, self.sums = found
+        return lam
+
+    def all_steps_back(self, grad: Tensor) -> Tensor:
+        """From the gradient of the result to dL/dx0."""
+        every, steps = self.plan.save_all, len(self.plan.h)
+        lam = grad[steps] if every else grad
+        for n in range(steps - 1, -1, -1):
+            lam = self.step_back(n, lam)
+            if every:
+                lam = lam + grad[n]
+        return lam
+
     def step_back(self, n: int, lam: Tensor) -> Tensor:
         """From dL/dy_{n+1} to dL/dy_n; the other gradients are added up on the way."""
-        tableau, h, combine = self.plan.tableau, self.plan.h[n], self.plan.kernels.rk_combine
-        inputs = self.stage_inputs(n)
-        bars: list[Tensor] = []  # ybar of the stages after i, the last stage first
+        h, inputs = self.plan.h[n], self.stage_inputs(n)
         h_bar: Tensor | float = 0.0
-        for i in range(tableau.stages - 1, -1, -1):
-            weights = tuple(tableau.a[j][i] for j in range(tableau.stages - 1, i, -1))
-            k_bar = (
-                combine(lam * (h * tableau.b[i]), bars, h, weights)
-                if bars
-                else lam * (h * tableau.b[i])
-            )
+
+        def pull(i: int, k_bar: Tensor) -> Tensor:
+            nonlocal h_bar
             wanted = self.x0_grad or n > 0 or i > 0
             y_bar, k = self.stage_back(n, i, inputs[i], k_bar, wanted)
-            bars.append(y_bar)
             if self.grid_grad:
                 h_bar = h_bar + (k_bar.conj() * k).real.sum(dtype=torch.float64) / h
+            return y_bar
+
+        lam = self.plan.step_back(h, lam, pull)
         if isinstance(h_bar, Tensor):
             self.h_bars.append(h_bar)
         self.inputs[n] = []
-        return combine(lam, bars, 1.0, (1.0,) * len(bars))
+        return lam
 
     def stage_inputs(self, n: int) -> list[Tensor]:
         """Y_i of step n, computed again from the last checkpoint where they were not kept."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GradientError
+from .recorder import is_capturing
 
 _REMEDY = 'Use gradient="backprop", or put the field in eval() mode'
 
@@ -40,6 +41,10 @@ class Surroundings:
         self.random = False
         self.first: Tensor | None = None
         self.last: Tensor | None = None
+
+    def settled(self) -> None:
+        """Called instead of the rest where an earlier solve has shown that nothing is to note."""
+        self.slots = []
 
     def begin(self) -> None:
         """Called before the first evaluation of the forward pass."""
@@ -140,7 +145,8 @@ class Surroundings:
 
     def _generators(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
+        # A recording forbids to ask; what records has looked before.
+        if self.device.type == "cuda" and not is_capturing():
             states.append(torch.cuda.get_rng_state(self.device))
         return states
 

@@ -19,6 +19,7 @@ from .continuous_adjoint import find_parameters, odeint_adjoint
 from .discrete_adjoint import DiscretePlan, DiscreteSolve, StageField
 from .drop_in import odeint
 from .fixed import stage_times, step_sizes
+from .graphs import find_graphs
 from .inputs import direction_of, normalise, real_dtype
 from .methods import find_method
 from .replay import KnownTensors
@@ -254,7 +255,8 @@ class SolveRequest:
             y = torch.stack(known[0]) if plan.save_all else known[0][-1]
         else:
             with torch.set_grad_enabled(self.keeps_graph):
-                y = _unroll(plan, x, table, self.cond)
+                one_use = compiling or self.keeps_graph
+                y = (_unroll if one_use else _replay)(plan, x, table, self.cond)
         assert isinstance(y, Tensor)
         if versions and versions != _versions(x, table):
             raise InputError(
@@ -312,6 +314,18 @@ def _unroll(plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None) -
         y, _ = plan.step(n, states[-1], lambda n, i, y: plan.field(times[n][i], y, cond))
         states.append(y)
     return torch.stack(states) if plan.save_all else states[-1]
+
+
+def _replay(plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None) -> Tensor:
+    """All steps without a graph, from their recording where there is one."""
+    graphs = find_graphs(plan, x, table, cond)
+    replayed = graphs.forward(x, keep=plan.save_all) if graphs is not None else None
+    if replayed is not None:
+        return torch.stack(replayed[0]) if plan.save_all else replayed[0][-1]
+    y = _unroll(plan, x, table, cond)
+    if graphs is not None:
+        graphs.settle()
+    return y
 
 
 @torch.no_grad()
