@@ -8,19 +8,19 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_of(p, rows, batch, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Load [rows, PADDED] of a contiguous [batch, WIDTH]."""
-    at = tl.arange(0, PADDED)
-    inside = (rows[:, None] < batch) & (at[None, :] < WIDTH)
-    return tl.load(p + rows[:, None] * WIDTH + at[None, :], mask=inside, other=0.0)
+def rows_of(p, rows, batch, STRIDE: tl.constexpr, N: tl.constexpr, PN: tl.constexpr):
+    """Load N columns of a matrix [batch, STRIDE] as [rows, PN]."""
+    at = tl.arange(0, PN)
+    inside = (rows[:, None] < batch) & (at[None, :] < N)
+    return tl.load(p + rows[:, None] * STRIDE + at[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def put_rows(p, rows, batch, x, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Store [rows, PADDED] in a contiguous [batch, WIDTH]."""
-    at = tl.arange(0, PADDED)
-    inside = (rows[:, None] < batch) & (at[None, :] < WIDTH)
-    tl.store(p + rows[:, None] * WIDTH + at[None, :], x, mask=inside)
+def put_rows(p, rows, batch, x, STRIDE: tl.constexpr, N: tl.constexpr, PN: tl.constexpr):
+    """Store a tile [rows, PN] in N columns of a matrix [batch, STRIDE]."""
+    at = tl.arange(0, PN)
+    inside = (rows[:, None] < batch) & (at[None, :] < N)
+    tl.store(p + rows[:, None] * STRIDE + at[None, :], x, mask=inside)
 
 
 @triton.jit

@@ -56,6 +56,7 @@ class Config:
 
     block: int
     warps: int
+    tile: int = 64
     pipeline: int = 1
 
 
@@ -106,16 +107,16 @@ class TritonTrajectory:
         if program.steps == 0:
             return y0.expand(len(program.outputs), batch, state).clone(), None
         out = y0.new_empty((len(program.outputs), batch, state))
-        stages = program.steps * program.stages
-        kept = y0.new_empty((stages if keep != "nothing" else 0, batch, state))
+        keeps = keep != "nothing"
+        kept = y0.new_empty((program.steps * program.stages if keeps else 1, batch, state))
         shapes = tuple(tuple(p.shape) for p in inputs.parameters)
-        kernel = forward_kernel(program.network, shapes, program.stages, keep != "nothing")
         numbers = _numbers(program, y0.device)
 
         def launch(config: Config) -> None:
             grid = (triton.cdiv(batch, config.block),)
-            arguments = (out, kept, y0, *numbers, batch, program.steps, *tensors)
-            kernel[grid](*arguments, **_options(config, y0.device))
+            kernel = forward_kernel(program.network, shapes, program.stages, config.tile)
+            arguments = (out, kept, y0, *numbers, batch, program.steps, int(keeps))
+            kernel[grid](*arguments, *tensors, **_options(config, y0.device))
 
         with torch.cuda.device_of(y0):
             launch(_config("forward", program, y0, launch))
@@ -134,13 +135,15 @@ class TritonTrajectory:
         size = ends[-1] + stages * sum(widths.values())
         grad = grad.contiguous()
         grad_y0 = torch.empty_like(y0)
-        conds = [torch.zeros_like(c) if w else None for c, w in zip(inputs.conds, wants.conds)]
+        conds = [
+            torch.zeros_like(c) if w else None
+            for c, w in zip(inputs.conds, wants.conds, strict=False)
+        ]
         written = [conds[i] for i in used_conds if wants.conds[i]]
         partials = y0.new_zeros((1, size))
         if program.steps == 0:
             grad_y0 = grad.sum(0)
         else:
-            kernel = backward_kernel(program.network, shapes, program.stages, wants)
             numbers = _numbers(program, y0.device)
 
             def launch(config: Config) -> None:
@@ -148,8 +151,11 @@ class TritonTrajectory:
                 blocks = triton.cdiv(y0.shape[0], config.block)
                 programs = min(blocks, _most_programs(y0.device))
                 partials = y0.new_zeros((programs, size))
+                kernel = backward_kernel(
+                    program.network, shapes, program.stages, config.tile, wants
+                )
                 first = (grad_y0, partials, grad, kept, *numbers, y0.shape[0], program.steps)
-                kernel[programs,](*first, *tensors, *written, **_options(config, y0.device))
+                kernel[programs,](*first, *written, *tensors, **_options(config, y0.device))
 
             with torch.cuda.device_of(y0):
                 launch(_config("backward", program, y0, launch))
@@ -159,10 +165,13 @@ class TritonTrajectory:
         tables = {i: next(rest).view(stages, w) for i, w in widths.items()}
         return Inputs(
             grad_y0 if wanted.y0 else None,
-            [p.view(s) if w else None for p, s, w in zip(parts, shapes, wants.parameters)],
+            [
+                p.view(s) if w else None
+                for p, s, w in zip(parts, shapes, wants.parameters, strict=False)
+            ],
             [
                 tables.get(i, torch.zeros_like(x)) if w else None
-                for i, (x, w) in enumerate(zip(inputs.tables, wants.tables))
+                for i, (x, w) in enumerate(zip(inputs.tables, wants.tables, strict=True))
             ],
             conds,
         )

@@ -1,7 +1,8 @@
 """The source of the two kernels of a network: every layer written out, the steps in a loop.
 
-Numbers of the solve (times, tableau times h, weights of outputs) are read from the device, so that
-a kernel serves every method with the same number of stages, and every number of steps.
+A value is a list of tiles, each of at most so many columns: Triton takes a whole operand of a dot
+into registers. Numbers of the solve (times, tableau times h, weights of outputs) are read from the
+device, so that a kernel serves every method with as many stages, and every number of steps.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import linecache
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any
@@ -40,16 +41,25 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+def pieces(width: int, tile: int) -> list[tuple[int, int, int]]:
+    """The tiles of so many columns: first column, columns, and columns with padding."""
+    return [
+        (at, min(tile, width - at), padded(min(tile, width - at))) for at in range(0, width, tile)
+    ]
+
+
 @lru_cache(256)
-def forward_kernel(network: Network, shapes: Shapes, stages: int, keep: bool) -> Any:
+def forward_kernel(network: Network, shapes: Shapes, stages: int, tile: int) -> Any:
     """The kernel of a whole solve."""
-    return _compile(_Forward(network, shapes, stages, keep=keep).source())
+    return _compile(_Forward(network, shapes, stages, tile).source())
 
 
 @lru_cache(256)
-def backward_kernel(network: Network, shapes: Shapes, stages: int, wanted: Wanted) -> Any:
+def backward_kernel(
+    network: Network, shapes: Shapes, stages: int, tile: int, wanted: Wanted
+) -> Any:
     """The kernel of the gradient of a whole solve."""
-    return _compile(_Backward(network, shapes, stages, wanted=wanted).source())
+    return _compile(_Backward(network, shapes, stages, tile, wanted).source())
 
 
 def offsets(shapes: Shapes, wanted: Wanted) -> list[int]:
@@ -92,13 +102,14 @@ def _compile(source: str) -> Any:
     return vars(module)["kernel"]
 
 
-@dataclass
 class _Writer:
-    network: Network
-    shapes: Shapes
-    stages: int
-    lines: list[str] = field(default_factory=list)
-    depth: int = 0
+    """Lines of a kernel, and what both kernels write."""
+
+    def __init__(self, network: Network, shapes: Shapes, stages: int, tile: int) -> None:
+        self.network, self.shapes, self.stages, self.tile = network, shapes, stages, tile
+        self.last = len(network.layers)
+        self.lines: list[str] = []
+        self.depth = 0
 
     def add(self, *lines: str) -> None:
         self.lines += ["    " * self.depth + line for line in lines]
@@ -112,265 +123,311 @@ class _Writer:
 
     @contextmanager
     def kernel(self, arguments: list[str]) -> Iterator[None]:
-        arguments = [*arguments, "BLOCK: tl.constexpr", "PRECISION: tl.constexpr"]
-        self.add('@triton.jit(do_not_specialize=["batch", "steps"])')
+        tables, conds = used(self.network)
+        arguments = [
+            *arguments,
+            *(f"p{i}" for i in range(len(self.shapes))),
+            *(f"table{i}" for i in tables),
+            *(f"cond{i}" for i in conds),
+            "BLOCK: tl.constexpr",
+            "PRECISION: tl.constexpr",
+        ]
+        self.add('@triton.jit(do_not_specialize=["batch", "steps", "keep"])')
         with self.block(f"def kernel({', '.join(arguments)}):"):
             yield
 
-    def tensors(self) -> list[str]:
-        tables, conds = used(self.network)
-        names = [f"p{i}" for i in range(len(self.shapes))]
-        return names + [f"table{i}" for i in tables] + [f"cond{i}" for i in conds]
-
-    def width(self, value: int) -> tuple[int, int]:
-        width = self.network.width(value)
-        return width, padded(width)
-
-    def combined(self, weights: str, base: str, names: list[str]) -> str:
-        """Base plus the sum of the named tiles times numbers on the device."""
-        sums = [f"tl.load({weights} + {j}) * {name}" for j, name in enumerate(names)]
-        return " + ".join([base, *sums])
-
-    def matrix(self, kind: str, term: Term, value: int) -> str:
-        assert term.weight is not None
-        (n, pn), (k, pk) = self.width(value), self.width(term.source)
-        sizes = f"{n}, {k}, {self.stride(term.weight)}, {pn}, {pk}"
-        return f"{kind}(p{term.weight} + {term.column}, {sizes})"
+    def pieces(self, value: int) -> list[tuple[int, int, int]]:
+        return pieces(self.network.width(value), self.tile)
 
     def stride(self, parameter: int) -> int:
         shape = self.shapes[parameter]
         return shape[1] if len(shape) == 2 else 1
 
-    def layer(self, value: int, layer: Layer, derivative: bool) -> None:
-        """Write z, the value v and if wanted the derivative d of a layer."""
-        n, pn = self.width(value)
-        z, v = f"z{value}", f"v{value}"
-        started = False
-        for term in layer.terms:
-            x = f"v{term.source}"
-            if term.weight is None:
-                self.add(f"{z} = {z} + {x}" if started else f"{z} = {x}")
-            else:
-                acc = f"acc={z}, " if started else ""
-                tile = self.matrix("transposed", term, value)
-                self.add(f"{z} = tl.dot({x}, {tile}, {acc}input_precision=PRECISION)")
-            started = True
-        if not started:
-            self.add(f"{z} = tl.zeros((BLOCK, {pn}), tl.float32)")
-        if layer.bias is not None:
-            self.add(f"{z} += vector(p{layer.bias}, {n}, 1, {pn})[None, :]")
-        if layer.time is not None:
-            p, column = layer.time
-            self.add(f"{z} += (t * vector(p{p} + {column}, {n}, {self.stride(p)}, {pn}))[None, :]")
-        if layer.table is not None:
-            self.add(f"{z} += vector(table{layer.table} + q * {n}, {n}, 1, {pn})[None, :]")
-        if layer.cond is not None:
-            self.add(f"{z} += rows_of(cond{layer.cond}, rows, batch, {n}, {pn})")
-        how = f'"{layer.activation}", {float(layer.slope)!r}'
-        plain = layer.activation == "identity"
-        self.add(f"{v} = {z}" if plain else f"{v} = activate({z}, {how})")
-        if n < pn and layer.activation in NONZERO_AT_ZERO:
-            self.add(f"{v} = tl.where((tl.arange(0, {pn}) < {n})[None, :], {v}, 0.0)")
-        if derivative and not plain:
-            self.add(f"d{value} = derivative({z}, {v}, {how})")
+    def matrix(self, kind: str, term: Term, value: int, row: int, column: int) -> str:
+        """A tile of the matrix of a term."""
+        assert term.weight is not None
+        (i, n, pn), (j, k, pk) = self.pieces(value)[row], self.pieces(term.source)[column]
+        stride = self.stride(term.weight)
+        at = i * stride + term.column + j
+        return f"{kind}(p{term.weight} + {at}, {n}, {k}, {stride}, {pn}, {pk})"
+
+    def rows(self, pointer: str, width: int, piece: tuple[int, int, int]) -> str:
+        i, n, pn = piece
+        return f"rows_of({pointer} + {i}, rows, batch, {width}, {n}, {pn})"
+
+    def put_rows(self, pointer: str, name: str, width: int) -> None:
+        for c, (i, n, pn) in enumerate(pieces(width, self.tile)):
+            x = f"{name}_{c}"
+            self.add(f"put_rows({pointer} + {i}, rows, batch, {x}, {width}, {n}, {pn})")
+
+    def zeros(self, name: str, width: int) -> None:
+        for c, (_, _, pn) in enumerate(pieces(width, self.tile)):
+            self.add(f"{name}_{c} = tl.zeros((BLOCK, {pn}), tl.float32)")
+
+    def combine(self, name: str, weights: str, base: str, terms: list[str]) -> None:
+        """Write base plus the sum of terms times numbers on the device."""
+        for j in range(len(terms)):
+            self.add(f"w{j} = tl.load({weights} + {j})")
+        for c in range(len(self.pieces(0))):
+            sums = [f"w{j} * {term}_{c}" for j, term in enumerate(terms)]
+            self.add(f"{name}_{c} = {' + '.join([f'{base}_{c}', *sums])}")
+
+    def layer(self, value: int, derivative: bool) -> None:
+        """Write the value v of a layer, and if wanted the derivative d of its activation."""
+        layer = self.network.layers[value - 1]
+        for c, (i, n, pn) in enumerate(self.pieces(value)):
+            z, _v = f"z{value}_{c}", f"v{value}_{c}"
+            started = False
+            for term in layer.terms:
+                if term.weight is None:
+                    x = f"v{term.source}_{c}"
+                    self.add(f"{z} = {z} + {x}" if started else f"{z} = {x}")
+                    started = True
+                    continue
+                for k in range(len(self.pieces(term.source))):
+                    acc = f"acc={z}, " if started else ""
+                    w = self.matrix("transposed", term, value, c, k)
+                    x = f"v{term.source}_{k}"
+                    self.add(f"{z} = tl.dot({x}, {w}, {acc}input_precision=PRECISION)")
+                    started = True
+            if not started:
+                self.add(f"{z} = tl.zeros((BLOCK, {pn}), tl.float32)")
+            if layer.bias is not None:
+                self.add(f"{z} += vector(p{layer.bias} + {i}, {n}, 1, {pn})[None, :]")
+            if layer.time is not None:
+                (p, column), stride = layer.time, self.stride(layer.time[0])
+                at = f"p{p} + {i * stride + column}"
+                self.add(f"{z} += (t * vector({at}, {n}, {stride}, {pn}))[None, :]")
+            if layer.table is not None:
+                at = f"table{layer.table} + q * {layer.width} + {i}"
+                self.add(f"{z} += vector({at}, {n}, 1, {pn})[None, :]")
+            if layer.cond is not None:
+                self.add(f"{z} += {self.rows(f'cond{layer.cond}', layer.width, (i, n, pn))}")
+            self.activation(value, c, n < pn, derivative)
+
+    def activation(self, value: int, c: int, is_padded: bool, derivative: bool) -> None:
+        layer, z, v = self.network.layers[value - 1], f"z{value}_{c}", f"v{value}_{c}"
+        if layer.activation == "identity":
+            self.add(f"{v} = {z}")
+        else:
+            how = f'"{layer.activation}", {float(layer.slope)!r}'
+            self.add(f"{v} = activate({z}, {how})")
+            if is_padded and layer.activation in NONZERO_AT_ZERO:
+                _, n, pn = self.pieces(value)[c]
+                self.add(f"{v} = tl.where((tl.arange(0, {pn}) < {n})[None, :], {v}, 0.0)")
+            if derivative:
+                self.add(f"d{value}_{c} = derivative({z}, {v}, {how})")
         for skip in layer.skips:
-            self.add(f"{v} = {v} + v{skip}")
+            self.add(f"{v} = {v} + v{skip}_{c}")
 
     def field(self, derivatives: bool) -> None:
-        for i, layer in enumerate(self.network.layers):
-            self.layer(i + 1, layer, derivatives)
+        for value in range(1, self.last + 1):
+            self.layer(value, derivatives)
 
 
-@dataclass
 class _Forward(_Writer):
-    keep: bool = False
-
     def source(self) -> str:
-        state, pad = self.width(0)
-        s = self.stages
+        state, s = self.network.state, self.stages
         ks = [f"k{j}" for j in range(s)]
-        first = ["out", "kept", "y0", "numbers", "weights", "first", "batch", "steps"]
-        with self.kernel([*first, *self.tensors()]):
+        first = ["out", "kept", "y0", "numbers", "weights", "first", "batch", "steps", "keep"]
+        with self.kernel(first):
             self.add("rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)")
             self.add(f"size = batch.to(tl.int64) * {state}")
-            self.add(f"y = rows_of(y0, rows, batch, {state}, {pad})")
+            for c, piece in enumerate(self.pieces(0)):
+                self.add(f"y_{c} = {self.rows('y0', state, piece)}")
             with self.block("for n in range(0, steps):"):
                 self.add(f"at = numbers + n * {s * (s + 2)}")
                 if s == 1:
                     self.add("q = n")
-                    self.stage("y", "at")
-                    self.add(f"k0 = v{len(self.network.layers)}")
+                    self.combine("v0", "at", "y", [])
+                    self.stage("at")
+                    self.combine("k0", "at", f"v{self.last}", [])
                 else:
                     for k in ks:
-                        self.add(f"{k} = tl.zeros((BLOCK, {pad}), tl.float32)")
+                        self.zeros(k, state)
                     with self.block(f"for i in range(0, {s}):"):
                         self.add(f"q = n * {s} + i")
-                        self.stage(self.combined(f"at + {s} + i * {s}", "y", ks[:-1]), "at + i")
-                        for j, k in enumerate(ks):
-                            v = f"v{len(self.network.layers)}"
-                            self.add(f"{k} = tl.where(i == {j}, {v}, {k})")
+                        self.combine("v0", f"at + {s} + i * {s}", "y", ks[:-1])
+                        self.stage("at + i")
+                        for c in range(len(self.pieces(0))):
+                            for j, k in enumerate(ks):
+                                new = f"v{self.last}_{c}"
+                                self.add(f"{k}_{c} = tl.where(i == {j}, {new}, {k}_{c})")
                 with self.block("for o in range(tl.load(first + n), tl.load(first + n + 1)):"):
-                    self.add(f"wanted = {self.combined(f'weights + o * {s}', 'y', ks)}")
-                    self.add(f"put_rows(out + o * size, rows, batch, wanted, {state}, {pad})")
-                self.add(f"y = {self.combined(f'at + {s + s * s}', 'y', ks)}")
+                    self.combine("x", f"weights + o * {s}", "y", ks)
+                    self.put_rows("out + o * size", "x", state)
+                self.combine("y", f"at + {s + s * s}", "y", ks)
         return "\n".join(self.lines) + "\n"
 
-    def stage(self, x: str, time: str) -> None:
-        state, pad = self.width(0)
-        self.add(f"v0 = {x}", f"t = tl.load({time})")
-        if self.keep:
-            self.add(f"put_rows(kept + q * size, rows, batch, v0, {state}, {pad})")
+    def stage(self, time: str) -> None:
+        # A store in the loop also keeps Triton from loading all weights before the loop, for which
+        # there are not enough registers; where nothing is kept it goes to the same place again.
+        self.put_rows("kept + q * (size * keep)", "v0", self.network.state)
+        self.add(f"t = tl.load({time})")
         self.field(derivatives=False)
 
 
-@dataclass
 class _Backward(_Writer):
-    wanted: Wanted = field(default_factory=lambda: Wanted((), (), ()))
+    def __init__(
+        self, network: Network, shapes: Shapes, stages: int, tile: int, wanted: Wanted
+    ) -> None:
+        super().__init__(network, shapes, stages, tile)
+        self.wanted, self.ends = wanted, offsets(shapes, wanted)
+        tables, conds = used(network)
+        widths = {x.table: x.width for x in network.layers}
+        self.tables = {i: widths[i] for i in tables if wanted.tables[i]}
+        widths = {x.cond: x.width for x in network.layers}
+        self.conds = {i: widths[i] for i in conds if wanted.conds[i]}
 
     def source(self) -> str:
-        state, pad = self.width(0)
-        s, sums = self.stages, self.sums()
-        self.ends = offsets(self.shapes, self.wanted)
+        state, s = self.network.state, self.stages
         ks = [f"k{j}" for j in range(s)]
-        conds = self.conds()
         first = ["grad_y0", "partials", "grad", "kept", "numbers", "weights", "first"]
-        grads = [f"grad_cond{j}" for j in conds]
-        with self.kernel([*first, "batch", "steps", *self.tensors(), *grads]):
-            self.add("program = tl.program_id(0)")
+        grads = [f"grad_cond{i}" for i in self.conds]
+        with self.kernel([*first, "batch", "steps", *grads]):
+            self.add("program = tl.program_id(0).to(tl.int64)")
             self.add(f"size = batch.to(tl.int64) * {state}")
-            tables = s * sum(self.tables().values())
-            self.add(
-                f"mine = partials + program * ({self.ends[-1]} + steps.to(tl.int64) * {tables})"
-            )
-            for name, shape in sums.items():
-                self.add(f"{name} = tl.zeros({shape}, tl.float32)")
-            loop = "range(program, tl.cdiv(batch, BLOCK), tl.num_programs(0))"
+            tables = f"steps.to(tl.int64) * {s * sum(self.tables.values())}"
+            self.add(f"mine = partials + program * ({self.ends[-1]} + {tables})")
+            for name, sides, _ in self.sums():
+                self.add(f"{name} = tl.zeros(({', '.join(map(str, sides))},), tl.float32)")
+            loop = "range(tl.program_id(0), tl.cdiv(batch, BLOCK), tl.num_programs(0))"
             with self.block(f"for block in {loop}:"):
                 self.add("rows = tl.arange(0, BLOCK).to(tl.int64) + block * BLOCK")
-                self.add(f"gy = tl.zeros((BLOCK, {pad}), tl.float32)")
-                for j, (_, pn) in conds.items():
-                    self.add(f"sum_cond{j} = tl.zeros((BLOCK, {pn}), tl.float32)")
+                self.zeros("gy", state)
+                for i, width in self.conds.items():
+                    self.zeros(f"sum_cond{i}", width)
                 with self.block("for m in range(0, steps):"):
                     self.add("n = steps - 1 - m", f"at = numbers + n * {s * (s + 2)}")
-                    for j, k in enumerate(ks):
-                        self.add(f"{k} = tl.load(at + {s + s * s + j}) * gy")
-                    with self.block("for o in range(tl.load(first + n), tl.load(first + n + 1)):"):
-                        self.add(f"g = rows_of(grad + o * size, rows, batch, {state}, {pad})")
-                        self.add("gy += g")
-                        for j, k in enumerate(ks):
-                            self.add(f"{k} += tl.load(weights + o * {s} + {j}) * g")
-                    if s == 1:
-                        self.add("q = n")
-                        self.stage("k0", "at")
-                    else:
-                        with self.block(f"for e in range(0, {s}):"):
-                            self.add(f"i = {s - 1} - e", f"q = n * {s} + i")
-                            self.add(f"g = {ks[-1]}")
-                            for j, k in enumerate(ks[:-1]):
-                                self.add(f"g = tl.where(i == {j}, {k}, g)")
-                            self.stage("g", "at + i")
-                            for j, k in enumerate(ks[:-1]):
-                                self.add(f"{k} += tl.load(at + {s} + i * {s} + {j}) * g0")
-                self.add(f"put_rows(grad_y0, rows, batch, gy, {state}, {pad})")
-                for j, (n, pn) in conds.items():
-                    self.add(f"put_rows(grad_cond{j}, rows, batch, sum_cond{j}, {n}, {pn})")
-            self.store(self.ends)
+                    self.step(ks)
+                for i, width in self.conds.items():
+                    self.put_rows(f"grad_cond{i}", f"sum_cond{i}", width)
+            for _, _, store in self.sums():
+                self.add(store)
         return "\n".join(self.lines) + "\n"
 
-    def sums(self) -> dict[str, str]:
-        """The tiles that add up the gradients of parameters, and their shapes."""
-        found = {}
-        for p, column, k, matrix in reads(self.network):
-            if self.wanted.parameters[p]:
-                n = padded(self.shapes[p][0])
-                found[f"sum{p}_{column}"] = f"({n}, {padded(k)})" if matrix else f"({n},)"
-        return found
+    def step(self, ks: list[str]) -> None:
+        state, s = self.network.state, self.stages
+        parts = range(len(self.pieces(0)))
+        for c in parts:
+            for j, k in enumerate(ks):
+                self.add(f"{k}_{c} = tl.load(at + {s + s * s + j}) * gy_{c}")
+        with self.block("for o in range(tl.load(first + n), tl.load(first + n + 1)):"):
+            for c, piece in enumerate(self.pieces(0)):
+                self.add(f"g_{c} = {self.rows('grad + o * size', state, piece)}")
+                self.add(f"gy_{c} += g_{c}")
+                for j, k in enumerate(ks):
+                    self.add(f"{k}_{c} += tl.load(weights + o * {s} + {j}) * g_{c}")
+        if s == 1:
+            self.add("q = n")
+            self.stage("k0", "at")
+            return
+        with self.block(f"for e in range(0, {s}):"):
+            self.add(f"i = {s - 1} - e", f"q = n * {s} + i")
+            for c in parts:
+                self.add(f"g_{c} = {ks[-1]}_{c}")
+                for j, k in enumerate(ks[:-1]):
+                    self.add(f"g_{c} = tl.where(i == {j}, {k}_{c}, g_{c})")
+            self.stage("g", "at + i")
+            for j, k in enumerate(ks[:-1]):
+                self.add(f"w{j} = tl.load(at + {s} + i * {s} + {j})")
+                self.add(*(f"{k}_{c} += w{j} * g0_{c}" for c in parts))
 
-    def store(self, ends: list[int]) -> None:
-        """Write the partial sums of this program, laid out as the parameters are."""
-        for p, column, k, matrix in reads(self.network):
-            if self.wanted.parameters[p]:
-                n, name, stride = self.shapes[p][0], f"sum{p}_{column}", self.stride(p)
-                at = f"mine + {ends[p] + column}"
-                if matrix:
-                    sides = f"{n}, {k}, {stride}, {padded(n)}, {padded(k)}"
-                    self.add(f"put_matrix({at}, {name}, {sides})")
-                else:
-                    self.add(f"put_vector({at}, {name}, {n}, {stride}, {padded(n)})")
-
-    def tables(self) -> dict[int, int]:
-        """The widths of the tables whose gradients are wanted."""
-        widths = {x.table: x.width for x in self.network.layers}
-        return {i: widths[i] for i in used(self.network)[0] if self.wanted.tables[i]}
-
-    def conds(self) -> dict[int, tuple[int, int]]:
-        """The widths of the conditions whose gradients are wanted, and padded."""
-        widths = {x.cond: x.width for x in self.network.layers}
-        numbers = [i for i in used(self.network)[1] if self.wanted.conds[i]]
-        return {i: (widths[i], padded(widths[i])) for i in numbers}
+    def sums(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """The sums of gradients of parameters: their names, shapes, and how they are stored."""
+        for p, column, count, matrix in reads(self.network):
+            if not self.wanted.parameters[p]:
+                continue
+            stride = self.stride(p)
+            for c, (i, n, pn) in enumerate(pieces(self.shapes[p][0], self.tile)):
+                at = self.ends[p] + i * stride + column
+                name = f"sum{p}_{column}_{c}"
+                if not matrix:
+                    yield name, (pn,), f"put_vector(mine + {at}, {name}, {n}, {stride}, {pn})"
+                    continue
+                for d, (j, k, pk) in enumerate(pieces(count, self.tile)):
+                    tile = f"{name}_{d}, {n}, {k}, {stride}, {pn}, {pk}"
+                    yield f"{name}_{d}", (pn, pk), f"put_matrix(mine + {at + j}, {tile})"
 
     def stage(self, grad: str, time: str) -> None:
         """Write the field again at a stage's input, and g0, what comes back through it."""
-        state, pad = self.width(0)
-        last = len(self.network.layers)
+        state = self.network.state
         self.add(f"t = tl.load({time})")
-        self.add(f"v0 = rows_of(kept + q * size, rows, batch, {state}, {pad})")
+        for c, piece in enumerate(self.pieces(0)):
+            self.add(f"v0_{c} = {self.rows('kept + q * size', state, piece)}")
         self.field(derivatives=True)
-        self.known = {last: grad}
-        self.columns: dict[int, str] = {}
-        for value in range(last, 0, -1):
+        self.known = {self.last: grad}
+        self.columns: dict[tuple[int, int], str] = {}
+        for value in range(self.last, 0, -1):
             if value in self.known:
                 self.back(value, self.network.layers[value - 1])
         if 0 not in self.known:
-            self.add(f"g0 = tl.zeros((BLOCK, {pad}), tl.float32)")
-        self.add("gy += g0")
+            self.zeros("g0", state)
+        self.add(*(f"gy_{c} += g0_{c}" for c in range(len(self.pieces(0)))))
+        # The last store counts; as in the forward kernel, a store keeps weights out of registers.
+        self.put_rows("grad_y0", "gy", state)
         before = 0
-        for j, width in self.tables().items():
-            if j in self.columns:
-                at = f"mine + {self.ends[-1]} + {before} * steps.to(tl.int64) + q * {width}"
-                args = f"{self.columns[j]}, {width}, {padded(width)}"
-                self.add(f"add_vector({at}, {args})")
+        for table, width in self.tables.items():
+            at = f"mine + {self.ends[-1]} + {before} * steps.to(tl.int64) + q * {width}"
+            for c, (i, n, pn) in enumerate(pieces(width, self.tile)):
+                if (table, c) in self.columns:
+                    self.add(f"add_vector({at} + {i}, {self.columns[table, c]}, {n}, {pn})")
             before += self.stages * width
 
-    def give(self, value: int, grad: str) -> None:
-        """Add to the gradient of a value."""
-        if value in self.known:
-            self.add(f"g{value} = {self.known[value]} + {grad}")
-        elif grad != f"g{value}":
-            self.add(f"g{value} = {grad}")
+    def give(self, value: int, grads: list[str]) -> None:
+        """Add to the gradient of a value, tile by tile."""
+        before = self.known.get(value)
+        for c, grad in enumerate(grads):
+            self.add(f"g{value}_{c} = {f'{before}_{c} + ' if before else ''}{grad}")
         self.known[value] = f"g{value}"
 
     def back(self, value: int, layer: Layer) -> None:
         """Write the backward pass of a layer."""
-        plain = layer.activation == "identity"
-        b = f"b{value}"
-        self.add(f"{b} = {self.known[value]}" + ("" if plain else f" * d{value}"))
+        parts = range(len(self.pieces(value)))
+        grad, b = self.known[value], [f"b{value}_{c}" for c in parts]
+        factor = "" if layer.activation == "identity" else f" * d{value}_{{}}"
+        self.add(*(f"{b[c]} = {grad}_{c}{factor.format(c)}" for c in parts))
         for skip in layer.skips:
-            self.give(skip, self.known[value])
-        wanted = self.wanted
-        by_bias = layer.bias is not None and wanted.parameters[layer.bias]
-        by_time = layer.time is not None and wanted.parameters[layer.time[0]]
-        by_table = layer.table is not None and wanted.tables[layer.table]
-        if by_bias or by_time or by_table:
-            self.add(f"s{value} = tl.sum({b}, 0)")
-        if by_bias:
-            self.add(f"sum{layer.bias}_0 += s{value}")
-        if by_time:
-            self.add(f"sum{layer.time[0]}_{layer.time[1]} += t * s{value}")
-        if by_table:
-            before = self.columns.get(layer.table)
-            self.columns[layer.table] = f"{before} + s{value}" if before else f"s{value}"
-        if layer.cond is not None and wanted.conds[layer.cond]:
-            self.add(f"sum_cond{layer.cond} += {b}")
+            self.give(skip, [f"{grad}_{c}" for c in parts])
+        self.vectors(value, layer)
         for term in layer.terms:
             if term.weight is None:
                 self.give(term.source, b)
                 continue
-            if wanted.parameters[term.weight]:
-                name = f"sum{term.weight}_{term.column}"
-                dot = (
-                    f"tl.dot(tl.trans({b}), v{term.source}, acc={name}, input_precision=PRECISION)"
-                )
-                self.add(f"{name} = {dot}")
-            tile = self.matrix("matrix", term, value)
-            self.give(term.source, f"tl.dot({b}, {tile}, input_precision=PRECISION)")
+            columns = range(len(self.pieces(term.source)))
+            if self.wanted.parameters[term.weight]:
+                for c in parts:
+                    for d in columns:
+                        name = f"sum{term.weight}_{term.column}_{c}_{d}"
+                        factors = f"tl.trans({b[c]}), v{term.source}_{d}"
+                        precision = "input_precision=PRECISION"
+                        self.add(f"{name} = tl.dot({factors}, acc={name}, {precision})")
+            before = self.known.get(term.source)
+            for d in columns:
+                name = f"g{term.source}_{d}"
+                acc = f"acc={before}_{d}, " if before else ""
+                for c in parts:
+                    w = self.matrix("matrix", term, value, c, d)
+                    self.add(f"{name} = tl.dot({b[c]}, {w}, {acc}input_precision=PRECISION)")
+                    acc = f"acc={name}, "
+            self.known[term.source] = f"g{term.source}"
+
+    def vectors(self, value: int, layer: Layer) -> None:
+        """Write the gradients of what is added to a layer."""
+        wanted = self.wanted
+        by_bias = layer.bias is not None and wanted.parameters[layer.bias]
+        by_time = layer.time is not None and wanted.parameters[layer.time[0]]
+        by_table = layer.table is not None and wanted.tables[layer.table]
+        for c in range(len(self.pieces(value))):
+            s, b = f"s{value}_{c}", f"b{value}_{c}"
+            if by_bias or by_time or by_table:
+                self.add(f"{s} = tl.sum({b}, 0)")
+            if by_bias:
+                self.add(f"sum{layer.bias}_0_{c} += {s}")
+            if by_time:
+                self.add(f"sum{layer.time[0]}_{layer.time[1]}_{c} += t * {s}")
+            if by_table:
+                before = self.columns.get((layer.table, c))
+                self.columns[layer.table, c] = f"{before} + {s}" if before else s
+            if layer.cond is not None and wanted.conds[layer.cond]:
+                self.add(f"sum_cond{layer.cond}_{c} += {b}")
