@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def kernel_set(name: str) -> Iterator[KernelSet]:
         with instruction_set(name.removeprefix("cpu-")):
             yield KernelSet(cpu.KERNELS, "cpu")
     elif name == "cuda-on-host":
-        yield KernelSet(cuda_on_host(), "cpu")
+        yield KernelSet(with_binding("cuda").KERNELS, "cpu")
     elif name == "triton-interpreter":
         pytest.importorskip("triton")
         yield KernelSet(load("interpreted", ROOT / "kernels/triton/step.py").KERNELS, "cpu")
@@ -81,7 +82,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def cuda_on_host() -> StepKernels:
+def cuda_on_host() -> ModuleType:
     """Return the CUDA kernels and launchers, compiled by g++ against host_cuda/cuda_runtime.h."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -89,31 +90,39 @@ def cuda_on_host() -> StepKernels:
     pybind11 = pytest.importorskip("pybind11")
     folder = Path(tempfile.mkdtemp(prefix="fmft-cuda-on-host-"))
     library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/bindings/cuda.cpp"]
-    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas"]
-    includes = [f"-I{ROOT / 'tests/ops/host_cuda'}", f"-I{pybind11.get_include()}"]
-    includes.append(f"-I{sysconfig.get_path('include')}")
-    command = [compiler, *flags, "-DFMFT_CUDA_ARCHS=0", *includes, "-x", "c++"]
-    subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
+    sources = [ROOT / "csrc/bindings/cuda.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-DFMFT_CUDA_ARCHS=0"]
+    flags += [f"-I{ROOT / 'tests/ops/host_cuda'}", f"-I{pybind11.get_include()}"]
+    flags.append(f"-I{sysconfig.get_path('include')}")
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+
+    def compile_one(source: Path, to: str) -> None:
+        command = [compiler, *flags, "-c", "-x", "c++", str(source), "-o", to]
+        subprocess.run(command, check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
     binding = load("_cuda", library)
     shutil.rmtree(folder)
-    return with_binding(binding).KERNELS
+    return binding
 
 
-def with_binding(binding: ModuleType) -> ModuleType:
-    """Return a copy of fmft_fast.ops.cuda that calls `binding`, on CPU tensors."""
+def with_binding(name: str) -> ModuleType:
+    """Return a copy of the module fmft_fast.ops.`name` that runs `cuda_on_host` on CPU tensors."""
     import fmft_fast
 
     real = fmft_fast.__dict__.get("_cuda")
-    fmft_fast._cuda = binding
+    fmft_fast._cuda = cuda_on_host()
     try:
-        module = load("cuda_on_host", ROOT / "fmft_fast/ops/cuda.py")
+        module = load(f"{name}_on_host", ROOT / f"fmft_fast/ops/{name}.py")
     finally:
         if real is None:
             del fmft_fast._cuda
         else:
             fmft_fast._cuda = real
     module._queue = lambda y: (0, 0)
+    module._device = lambda: 0
     return module
 
 
