@@ -200,11 +200,13 @@ def build_cpu(folder: Path, output: Path) -> None:
     cxx = os.environ.get("CXX", "c++")
     flags = [*CXX_FLAGS, "-pthread", *os.environ.get("CXXFLAGS", "").split()]
     ninja = NinjaFile(folder, {"cxx": cxx, "linker": cxx})
+    dispatch = ["-DFMFT_X86_DISPATCH"] if X86 else []
     for isa, isa_flags in ISA_FLAGS.items():
-        ninja.compile(
-            "cxx", CSRC / "cpu/kernels.cpp", [*flags, f"-DFMFT_ISA={isa}", *isa_flags], isa
-        )
-    ninja.compile("cxx", CSRC / "cpu/step.cpp", [*flags, *(["-DFMFT_X86_DISPATCH"] if X86 else [])])
+        for source in ("kernels", "trajectory_kernels"):
+            isa_only = [*flags, f"-DFMFT_ISA={isa}", *isa_flags]
+            ninja.compile("cxx", CSRC / f"cpu/{source}.cpp", isa_only, isa)
+    for source in ("step", "trajectory", "threads"):
+        ninja.compile("cxx", CSRC / f"cpu/{source}.cpp", [*flags, *dispatch])
     ninja.compile("cxx", CSRC / "bindings/cpu.cpp", [*flags, *host_flags()])
     ninja.link(output, link_flags())
     ninja.run()

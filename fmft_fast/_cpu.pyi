@@ -45,3 +45,59 @@ def dense_eval(
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str, /) -> None: ...
+
+_Layer = tuple[
+    int,
+    Sequence[tuple[int, int, int]],
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    float,
+    Sequence[int],
+]
+
+class Field:
+    def __init__(self, state: int, layers: Sequence[_Layer], /) -> None: ...
+
+class Method:
+    def __init__(self, a: Sequence[Sequence[float]], b: Sequence[float], /) -> None: ...
+
+class Solve:
+    def __init__(
+        self,
+        field: Field,
+        method: Method,
+        type: int,
+        threads: int,
+        batch: int,
+        steps: int,
+        times: int,
+        h: int,
+        outputs: Sequence[int],
+        weights: int,
+        y0: int,
+        parameters: Sequence[int],
+        leading: Sequence[int],
+        tables: Sequence[int],
+        conds: Sequence[int],
+        /,
+    ) -> None: ...
+
+class Kept: ...
+
+def trajectory_forward(solve: Solve, keep: int, out: int, /) -> Kept: ...
+def trajectory_backward(
+    solve: Solve,
+    kept: Kept,
+    grad: int,
+    y0: int,
+    parameters: Sequence[int],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    tables: Sequence[int],
+    conds: Sequence[int],
+    /,
+) -> None: ...

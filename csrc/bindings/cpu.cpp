@@ -1,9 +1,11 @@
-// fmft_fast._cpu: the step ops on raw pointers. The caller owns every check of shapes and devices.
+// fmft_fast._cpu: step ops and whole trajectories on raw pointers. The caller owns every check of
+// shapes and devices.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "../cpu/step.h"
 #include "step_call.h"
+#include "trajectory_call.h"
 
 namespace py = pybind11;
 using namespace fmft;
@@ -44,10 +46,11 @@ void dense_eval(Address out, Address y, const std::vector<Address>& k, double h,
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  module.doc() = "Step ops on the CPU, on raw pointers.";
+  module.doc() = "Step ops and whole trajectories on the CPU, on raw pointers.";
   module.def("rk_combine", &rk_combine);
   module.def("rk_finish", &rk_finish);
   module.def("dense_eval", &dense_eval);
+  bind_trajectories(module);
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("instruction_set", &cpu::instruction_set);
   module.def("use_instruction_set", &cpu::use_instruction_set);

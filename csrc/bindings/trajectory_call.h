@@ -1,0 +1,134 @@
+// Whole trajectories in Python: the field and the method are prepared once, tensors come as addresses.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "../cpu/trajectory.h"
+#include "step_call.h"
+
+namespace fmft {
+
+namespace py = pybind11;
+using Addresses = std::vector<Address>;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+std::vector<T*> pointers(const Addresses& addresses) {
+  std::vector<T*> found;
+  found.reserve(addresses.size());
+  for (Address address : addresses) found.push_back(pointer<T>(address));
+  return found;
+}
+
+// (width, [(source, parameter, column)], bias, time, time column, table, cond, activation, its
+// parameter, skips), with -1 for what is absent.
+using LayerTuple = std::tuple<int64_t, std::vector<std::tuple<int, int, int64_t>>, int, int, int64_t,
+                              int, int, int, double, std::vector<int>>;
+
+inline cpu::Field make_field(int64_t state, const std::vector<LayerTuple>& layers) {
+  if (layers.empty() || layers.size() >= kMaxValues)
+    throw std::invalid_argument("expected 1 to 63 layers, got " + std::to_string(layers.size()));
+  cpu::Field field;
+  field.state = state;
+  for (const LayerTuple& tuple : layers) {
+    Layer layer;
+    std::vector<Term> terms;
+    std::vector<std::tuple<int, int, int64_t>> given;
+    std::vector<int> skips;
+    int activation;
+    std::tie(layer.width, given, layer.bias, layer.time, layer.time_column, layer.table, layer.cond,
+             activation, layer.parameter, skips) = tuple;
+    layer.activation = static_cast<Activation>(activation);
+    layer.live = false;
+    for (const auto& [source, parameter, column] : given) {
+      Term term;
+      term.source = source;
+      term.parameter = parameter;
+      term.column = column;
+      terms.push_back(term);
+    }
+    field.layers.push_back(layer);
+    field.terms.push_back(std::move(terms));
+    field.skips.push_back(std::move(skips));
+  }
+  field.layers.back().live = true;
+  for (size_t l = layers.size(); l-- > 0;) {
+    if (!field.layers[l].live) continue;
+    for (const Term& term : field.terms[l])
+      if (term.source) field.layers[term.source - 1].live = true;
+    for (int skip : field.skips[l])
+      if (skip) field.layers[skip - 1].live = true;
+  }
+  return field;
+}
+
+inline cpu::Method make_method(const std::vector<Numbers>& a, const Numbers& b) {
+  cpu::Method method;
+  method.stages = static_cast<int>(b.size());
+  if (b.empty() || b.size() > kMaxStages || a.size() != b.size())
+    throw std::invalid_argument("expected 1 to 16 stages with a row of a for each");
+  method.a.assign(b.size() * b.size(), 0);
+  for (size_t i = 0; i < a.size(); ++i)
+    for (size_t j = 0; j < std::min(a[i].size(), i); ++j) method.a[i * b.size() + j] = a[i][j];
+  method.b = b;
+  return method;
+}
+
+// The tensors of a solve: y0, then parameters with their leading dimensions, tables, conds.
+inline cpu::Solve make_solve(const cpu::Field& field, const cpu::Method& method, int type,
+                             int threads, int64_t batch, int64_t steps, Address times, Address h,
+                             std::vector<int64_t> outputs, Address weights, Address y0,
+                             const Addresses& parameters, std::vector<int64_t> leading,
+                             const Addresses& tables, const Addresses& conds) {
+  cpu::Solve solve;
+  solve.field = &field;
+  solve.method = &method;
+  solve.type = number_type(type);
+  solve.threads = threads;
+  solve.batch = batch;
+  solve.steps = steps;
+  solve.times = pointer<const double>(times);
+  solve.h = pointer<const double>(h);
+  solve.outputs = std::move(outputs);
+  solve.weights = pointer<const double>(weights);
+  solve.y0 = pointer<const void>(y0);
+  solve.parameters = pointers<const void>(parameters);
+  solve.leading = std::move(leading);
+  solve.tables = pointers<const void>(tables);
+  solve.conds = pointers<const void>(conds);
+  return solve;
+}
+
+inline void bind_trajectories(py::module_& module) {
+  py::class_<cpu::Field>(module, "Field").def(py::init(&make_field));
+  py::class_<cpu::Method>(module, "Method").def(py::init(&make_method));
+  py::class_<cpu::Solve>(module, "Solve")
+      .def(py::init(&make_solve), py::keep_alive<1, 2>(), py::keep_alive<1, 3>());
+  py::class_<cpu::Kept>(module, "Kept");
+  module.def("trajectory_forward", [](const cpu::Solve& solve, int keep, Address out) {
+    py::gil_scoped_release release;
+    return cpu::trajectory_forward(solve, static_cast<cpu::Keep>(keep), pointer(out));
+  });
+  module.def("trajectory_backward",
+             [](const cpu::Solve& solve, const cpu::Kept& kept, Address grad, Address y0,
+                const Addresses& parameters, std::vector<int64_t> rows,
+                std::vector<int64_t> columns, const Addresses& tables, const Addresses& conds) {
+               cpu::Gradients gradients;
+               gradients.y0 = pointer(y0);
+               gradients.parameters = pointers<void>(parameters);
+               gradients.rows = std::move(rows);
+               gradients.columns = std::move(columns);
+               gradients.tables = pointers<void>(tables);
+               gradients.conds = pointers<void>(conds);
+               py::gil_scoped_release release;
+               cpu::trajectory_backward(solve, kept, pointer<const void>(grad), gradients);
+             });
+}
+
+}  // namespace fmft

@@ -1,0 +1,249 @@
+// Activations on vectors. Every exponential is of a number that is not positive, so none overflows.
+#pragma once
+#include "activation_kind.h"
+#include "vector.h"
+
+namespace fmft {
+
+inline namespace FMFT_ISA {
+
+template <class T>
+struct Constants;
+
+// exp(r) = 1 + r + r^2 q(r) for |r| <= log(2) / 2; ln2_high has few bits, so that n ln2_high is exact.
+// erfc(x) = t exp(-x^2) p(2 t - 1) with t = 1 / (1 + x / 2) for x >= 0.
+// atanh(s) = s g(s^2) for s <= 1/3. All by interpolation at Chebyshev nodes.
+template <>
+struct Constants<float> {
+  static constexpr float shift = 0x1.8p23f, lowest = -87.33654f, log2e = 1.44269504f;
+  static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float exp[] = {0.5f, 0.16666577f, 0.0416665546f, 0.00836317905f, 0.00139261836f};
+  static constexpr float erfc[] = {
+      0.510791353f,    0.343580306f,    0.139735935f,   0.0182218641f,    -0.0107532958f,
+      -0.00324423206f, 0.00153399689f,  0.000431822488f, -0.00030511538f, -3.71660531e-05f,
+      4.45396396e-05f};
+  static constexpr float atanh[] = {1.0f, 0.333331608f, 0.200122976f, 0.139825789f, 0.140788892f};
+};
+
+template <>
+struct Constants<double> {
+  static constexpr double shift = 0x1.8p52, lowest = -708.39, log2e = 1.4426950408889634;
+  static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double exp[] = {
+      0.5,                    0.16666666666666669,    0.041666666666624129,
+      0.0083333333333300615,  0.0013888888917213717,  0.00019841269863053618,
+      2.4801521295954376e-05, 2.7557268459997064e-06, 2.7620088445409746e-07,
+      2.510038549551032e-08};
+  static constexpr double erfc[] = {
+      0.5107913526210115,      0.34358034220690586,    0.13973604627802788,
+      0.018221115753374807,    -0.010755330944697059,  -0.0032395925317796246,
+      0.00154530602711342,     0.00041864800028320513, -0.00033153670899623006,
+      -1.7185464096963356e-05, 7.2234981347627739e-05, -1.7075719136611996e-05,
+      -1.084599640863467e-05,  8.0645288427297136e-06, -5.7012206617221837e-07,
+      -1.8303510386697313e-06, 1.018048912518323e-06,  1.0078399149757221e-08,
+      -3.1248515238730434e-07, 1.5393469156697265e-07, 2.6415483669407121e-08,
+      -5.3252695260137601e-08, 1.0353970865267596e-08, 6.9293142546033557e-09,
+      -2.5816114417791724e-09};
+  static constexpr double atanh[] = {
+      1.0,
+      0.33333333333333076,
+      0.20000000000092874,
+      0.14285714272727057,
+      0.11111112040373837,
+      0.090908704162524029,
+      0.076933070211520044,
+      0.066501870163373125,
+      0.060550843640346089,
+      0.0416225325593041,
+      0.085220817813906988};
+};
+
+template <class V, class T, int N>
+inline V polynomial(V x, const T (&c)[N]) {
+  V y = x * c[N - 1] + c[N - 2];
+#pragma GCC unroll 32
+  for (int i = N - 3; i >= 0; --i) y = y * x + c[i];
+  return y;
+}
+
+// exp(x) - 1 and exp(x) in their parts: exp(x) = scale (1 + rest).
+template <class T>
+struct Exponential {
+  Vector<T> scale, rest;
+
+  explicit Exponential(Vector<T> x) {
+    using N = Constants<T>;
+    using Bits = typename Lanes<T>::Mask;
+    x = x < N::lowest ? broadcast(N::lowest) : x;  // keeps NaN
+    const Vector<T> shifted = x * N::log2e + N::shift;
+    const Vector<T> n = shifted - N::shift;
+    const Vector<T> r = (x - n * N::ln2_high) - n * N::ln2_low;
+    rest = polynomial(r, N::exp) * (r * r) + r;
+    const Bits one = reinterpret_cast<Bits>(broadcast(T(1)));
+    scale = reinterpret_cast<Vector<T>>((reinterpret_cast<Bits>(shifted) << N::mantissa) + one);
+  }
+
+  Vector<T> value() const { return scale * rest + scale; }
+  Vector<T> minus_one() const { return scale * rest + (scale - T(1)); }
+};
+
+template <class T>
+inline Vector<T> exp_of(Vector<T> x) {
+  return Exponential<T>(x).value();
+}
+
+template <class T>
+inline Vector<T> negative_part(Vector<T> x) {
+  return x > T(0) ? Vector<T>{} : x;  // keeps NaN
+}
+
+template <class T>
+inline Vector<T> magnitude_of(Vector<T> x) {
+  return x < T(0) ? -x : x;
+}
+
+template <class T>
+inline Vector<T> tanh_of(Vector<T> x) {
+  const Vector<T> e = Exponential<T>(T(-2) * magnitude_of<T>(x)).minus_one();
+  const Vector<T> y = e / (e + T(2));  // -tanh |x|
+  return x < T(0) ? y : -y;
+}
+
+// sigmoid(x) and 1 - sigmoid(x), both to full precision.
+template <class T>
+struct Sigmoid {
+  Vector<T> value, rest;
+
+  explicit Sigmoid(Vector<T> x) {
+    const Vector<T> e = exp_of<T>(-magnitude_of<T>(x));
+    const Vector<T> larger = T(1) / (e + T(1)), smaller = e * larger;
+    value = x < T(0) ? smaller : larger;
+    rest = x < T(0) ? larger : smaller;
+  }
+};
+
+// The normal distribution function, and exp(-x^2 / 2) on the way.
+template <class T>
+inline Vector<T> normal_of(Vector<T> x, Vector<T>& bell) {
+  const Vector<T> u = magnitude_of<T>(x) * T(0.70710678118654752);
+  const Vector<T> t = T(1) / (u * T(0.5) + T(1));
+  bell = exp_of<T>(x * x * T(-0.5));
+  const Vector<T> tail = T(0.5) * t * bell * polynomial(t * T(2) - T(1), Constants<T>::erfc);
+  return x < T(0) ? tail : T(1) - tail;
+}
+
+constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
+constexpr double kSeluScale = 1.0507009873554804934193349852946;
+
+// value = activation(z); with Slopes also its derivative.
+template <Activation A, bool Slopes, class T>
+inline Vector<T> activate(Vector<T> z, T parameter, Vector<T>& slope) {
+  using V = Vector<T>;
+  const V one = broadcast(T(1));
+  if constexpr (A == Activation::identity) {
+    slope = one;
+    return z;
+  } else if constexpr (A == Activation::relu) {
+    if (Slopes) slope = z > T(0) ? one : V{};
+    return z < T(0) ? V{} : z;
+  } else if constexpr (A == Activation::leaky_relu) {
+    if (Slopes) slope = z > T(0) ? one : broadcast(parameter);
+    return z > T(0) ? z : z * parameter;
+  } else if constexpr (A == Activation::elu) {
+    const V e = parameter * Exponential<T>(negative_part<T>(z)).minus_one();
+    if (Slopes) slope = z > T(0) ? one : e + parameter;
+    return z > T(0) ? z : e;
+  } else if constexpr (A == Activation::selu) {
+    constexpr T scale = static_cast<T>(kSeluScale), low = static_cast<T>(kSeluScale * kSeluAlpha);
+    const V e = low * Exponential<T>(negative_part<T>(z)).minus_one();
+    if (Slopes) slope = z > T(0) ? broadcast(scale) : e + low;
+    return z > T(0) ? z * scale : e;
+  } else if constexpr (A == Activation::silu) {
+    const Sigmoid<T> s(z);
+    const V value = z * s.value;
+    if (Slopes) slope = value * s.rest + s.value;
+    return value;
+  } else if constexpr (A == Activation::gelu) {
+    V bell;
+    const V normal = normal_of<T>(z, bell);
+    if (Slopes) slope = z * bell * T(0.39894228040143268) + normal;
+    return z * normal;
+  } else if constexpr (A == Activation::gelu_tanh) {
+    constexpr T b = static_cast<T>(0.79788456080286536), c = static_cast<T>(0.044715);
+    const V square = z * z;
+    // (1 + tanh u) / 2 is the sigmoid of 2 u.
+    const Sigmoid<T> s(z * (square * c + T(1)) * (2 * b));
+    const V value = z * s.value;
+    if (Slopes) slope = value * s.rest * (square * (3 * c) + T(1)) * (2 * b) + s.value;
+    return value;
+  } else if constexpr (A == Activation::tanh) {
+    const V y = tanh_of<T>(z);
+    if (Slopes) slope = one - y * y;
+    return y;
+  } else if constexpr (A == Activation::sigmoid) {
+    const Sigmoid<T> s(z);
+    if (Slopes) slope = s.value * s.rest;
+    return s.value;
+  } else {
+    const V x = z * parameter;
+    const V e = exp_of<T>(-magnitude_of<T>(x));
+    const V s = e / (e + T(2));
+    const V log = T(2) * s * polynomial(s * s, Constants<T>::atanh);  // log(1 + e)
+    if (Slopes) slope = x > T(20) ? one : (x < T(0) ? e : one) / (e + T(1));
+    return x > T(20) ? z : ((x > T(0) ? x : V{}) + log) / parameter;
+  }
+}
+
+// The derivative from the value, where slope_from_value().
+template <Activation A, class T>
+inline Vector<T> slope_of(Vector<T> value, T parameter) {
+  using V = Vector<T>;
+  const V one = broadcast(T(1));
+  if constexpr (A == Activation::relu) {
+    return value > T(0) ? one : V{};
+  } else if constexpr (A == Activation::leaky_relu) {
+    return value > T(0) ? one : broadcast(parameter);
+  } else if constexpr (A == Activation::elu) {
+    return value > T(0) ? one : value + parameter;
+  } else if constexpr (A == Activation::selu) {
+    constexpr T scale = static_cast<T>(kSeluScale), low = static_cast<T>(kSeluScale * kSeluAlpha);
+    return value > T(0) ? broadcast(scale) : value + low;
+  } else if constexpr (A == Activation::tanh) {
+    return one - value * value;
+  } else if constexpr (A == Activation::sigmoid) {
+    return value - value * value;
+  } else if constexpr (A == Activation::softplus) {
+    const V x = value * parameter;
+    return x > T(20) ? one : -Exponential<T>(-x).minus_one();
+  } else {
+    return one;
+  }
+}
+
+template <Activation A>
+struct Kind {
+  static constexpr Activation value = A;
+};
+
+// Calls run(Kind<A>) with the activation as a compile-time constant.
+template <class Run>
+inline void with_activation(Activation activation, Run run) {
+  switch (activation) {
+    case Activation::identity: return run(Kind<Activation::identity>{});
+    case Activation::relu: return run(Kind<Activation::relu>{});
+    case Activation::leaky_relu: return run(Kind<Activation::leaky_relu>{});
+    case Activation::elu: return run(Kind<Activation::elu>{});
+    case Activation::selu: return run(Kind<Activation::selu>{});
+    case Activation::silu: return run(Kind<Activation::silu>{});
+    case Activation::gelu: return run(Kind<Activation::gelu>{});
+    case Activation::gelu_tanh: return run(Kind<Activation::gelu_tanh>{});
+    case Activation::tanh: return run(Kind<Activation::tanh>{});
+    case Activation::sigmoid: return run(Kind<Activation::sigmoid>{});
+    case Activation::softplus: return run(Kind<Activation::softplus>{});
+  }
+}
+
+}  // namespace FMFT_ISA
+}  // namespace fmft

@@ -1,0 +1,182 @@
+// Products on tiles of rows. All have the form C[m, vectors] += A[m, k] B[k, vectors] with A
+// broadcast, except where C has fewer columns than half a vector: then rows are dotted with rows.
+#pragma once
+#include "vector.h"
+
+namespace fmft {
+inline namespace FMFT_ISA {
+
+// Depth of a panel of B that stays in the L1 cache while it meets all rows of the tile.
+constexpr int64_t kDepth = 64;
+
+// C (+)= A B for MR rows and NV vectors in registers. A is [MR, k], or with Across [k, MR].
+template <class T, int MR, int NV, bool Across>
+inline void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t k, T* c, int64_t ldc,
+                  const T* first_row, bool add) {
+  constexpr int L = Lanes<T>::count;
+  Vector<T> sum[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j)
+      sum[i][j] = add ? load(c + i * ldc + j * L)
+                      : (first_row ? load(first_row + j * L) : Vector<T>{});
+  for (int64_t p = 0; p < k; ++p) {
+    Vector<T> row[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) row[j] = load(b + p * ldb + j * L);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const T x = Across ? a[p * lda + i] : a[i * lda + p];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) sum[i][j] += x * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * L, sum[i][j]);
+}
+
+template <class T>
+struct Product {
+  const T* a;
+  int64_t lda;
+  const T* b;
+  int64_t ldb;
+  int64_t k;
+  T* c;
+  int64_t ldc;
+  const T* first_row;
+  bool add;
+};
+
+template <class T, int MR, int NV, bool Across>
+__attribute__((noinline)) void block_of(const Product<T>& x, int64_t row) {
+  block<T, MR, NV, Across>(x.a + (Across ? row : row * x.lda), x.lda, x.b, x.ldb, x.k,
+                           x.c + row * x.ldc, x.ldc, x.first_row, x.add);
+}
+
+template <class T, int NV, bool Across>
+inline void rows_of(const Product<T>& x, int64_t rows) {
+  int64_t row = 0;
+  for (; row + kBlockRows <= rows; row += kBlockRows) block_of<T, kBlockRows, NV, Across>(x, row);
+  switch (rows - row) {
+    case 1: return block_of<T, 1, NV, Across>(x, row);
+    case 2: return block_of<T, 2, NV, Across>(x, row);
+    case 3: return block_of<T, 3, NV, Across>(x, row);
+    case 4: return block_of<T, 4, NV, Across>(x, row);
+    case 5: return block_of<T, 5, NV, Across>(x, row);
+  }
+}
+
+template <class T, bool Across>
+inline void panel_of(const Product<T>& x, int64_t rows, int64_t vectors) {
+  switch (vectors) {
+    case 1: return rows_of<T, 1, Across>(x, rows);
+    case 2: return rows_of<T, 2, Across>(x, rows);
+    case 3: return rows_of<T, 3, Across>(x, rows);
+    case 4: return rows_of<T, 4, Across>(x, rows);
+  }
+}
+
+// C[rows, vectors] = A[rows, k] B (+ first_row in every row, or + C with `add`). B is packed: panels
+// of kBlockVectors vectors, each [k, panel].
+template <class T>
+void multiply(const T* a, int64_t lda, const T* b, int64_t k, int64_t vectors, T* c, int64_t ldc,
+              int64_t rows, const T* first_row, bool add) {
+  constexpr int L = Lanes<T>::count;
+  for (int64_t v = 0; v < vectors; v += kBlockVectors) {
+    const int64_t width = vectors - v < kBlockVectors ? vectors - v : kBlockVectors;
+    for (int64_t p = 0; p < k; p += kDepth) {
+      const int64_t depth = k - p < kDepth ? k - p : kDepth;
+      const Product<T> x{a + p,
+                         lda,
+                         b + v * L * k + p * width * L,
+                         width * L,
+                         depth,
+                         c + v * L,
+                         ldc,
+                         first_row ? first_row + v * L : nullptr,
+                         add || p > 0};
+      panel_of<T, false>(x, rows, width);
+    }
+  }
+}
+
+// C[n, vectors] += A[m, n]^T B[m, vectors], summed over very many rows m.
+template <class T>
+void multiply_across(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n,
+                     int64_t vectors, T* c, int64_t ldc) {
+  constexpr int L = Lanes<T>::count;
+  constexpr int64_t rows = 128;
+  for (int64_t v = 0; v < vectors; v += kBlockVectors) {
+    const int64_t width = vectors - v < kBlockVectors ? vectors - v : kBlockVectors;
+    for (int64_t p = 0; p < m; p += rows) {
+      const int64_t depth = m - p < rows ? m - p : rows;
+      const Product<T> x{a + p * lda, lda, b + p * ldb + v * L, ldb, depth, c + v * L, ldc,
+                         nullptr,     true};
+      panel_of<T, true>(x, n, width);
+    }
+  }
+}
+
+// C[rows, N] (+)= A[rows, vectors] B[N, vectors]^T with C dense; B is packed as in `multiply`.
+template <class T, int N>
+void dot_rows(const T* a, int64_t lda, const T* b, int64_t vectors, T* c, int64_t rows,
+              const T* first_row, bool add) {
+  constexpr int L = Lanes<T>::count;
+  constexpr int G = L / N;  // rows at a time
+  T start[L] = {};
+  for (int i = 0; i < G * N; ++i) start[i] = first_row ? first_row[i % N] : T(0);
+  const Vector<T> first = load(start);
+  for (int64_t row = 0; row < rows; row += G) {
+    const int64_t count = rows - row < G ? rows - row : G;
+    const T* from[G];
+    for (int g = 0; g < G; ++g) from[g] = a + (row + (g < count ? g : 0)) * lda;
+    Vector<T> sum[L] = {};
+    for (int64_t v = 0; v < vectors; v += kBlockVectors) {
+      const int64_t width = vectors - v < kBlockVectors ? vectors - v : kBlockVectors;
+      const T* panel = b + v * L * N;
+      for (int64_t w = 0; w < width; ++w)
+#pragma GCC unroll 16
+        for (int g = 0; g < G; ++g) {
+          const Vector<T> x = load(from[g] + (v + w) * L);
+#pragma GCC unroll 16
+          for (int j = 0; j < N; ++j)
+            sum[g * N + j] += x * load(panel + (j * width + w) * L);
+        }
+    }
+    Vector<T> y = lane_sums<T>(sum) + first;
+    const int size = static_cast<int>(count * N);
+    T* to = c + row * N;
+    if (add) y += load(to, size);
+    store(to, y, size);
+  }
+}
+
+template <class T>
+void dot_products(const T* a, int64_t lda, const T* b, int64_t vectors, int n, T* c, int64_t rows,
+                  const T* first_row, bool add) {
+  switch (n) {
+    case 1: return dot_rows<T, 1>(a, lda, b, vectors, c, rows, first_row, add);
+    case 2:
+      if constexpr (Lanes<T>::count >= 4)
+        return dot_rows<T, 2>(a, lda, b, vectors, c, rows, first_row, add);
+      break;
+    default:
+      if constexpr (Lanes<T>::count >= 8) {
+        if (n == 3) return dot_rows<T, 3>(a, lda, b, vectors, c, rows, first_row, add);
+        if (n == 4) return dot_rows<T, 4>(a, lda, b, vectors, c, rows, first_row, add);
+      }
+      if constexpr (Lanes<T>::count >= 16) {
+        if (n == 5) return dot_rows<T, 5>(a, lda, b, vectors, c, rows, first_row, add);
+        if (n == 6) return dot_rows<T, 6>(a, lda, b, vectors, c, rows, first_row, add);
+        if (n == 7) return dot_rows<T, 7>(a, lda, b, vectors, c, rows, first_row, add);
+        if (n == 8) return dot_rows<T, 8>(a, lda, b, vectors, c, rows, first_row, add);
+      }
+  }
+}
+
+}  // namespace FMFT_ISA
+}  // namespace fmft

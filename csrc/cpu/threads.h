@@ -1,0 +1,35 @@
+// Threads that wait for work, and memory that is used again from call to call.
+#pragma once
+#include <cstddef>
+#include <functional>
+#include <utility>
+
+namespace fmft::cpu {
+
+// Runs run(part) for all parts, on as many threads if they are free.
+void in_threads(int parts, const std::function<void(int)>& run);
+
+// Memory aligned to cache lines that goes back to a pool when it is no longer needed.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t bytes);
+  ~Memory();
+  Memory(Memory&& other) noexcept { *this = std::move(other); }
+  Memory& operator=(Memory&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Scratch memory of this thread, of at least so many bytes.
+void* scratch_memory(size_t bytes);
+
+}  // namespace fmft::cpu

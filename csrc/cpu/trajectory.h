@@ -1,0 +1,159 @@
+// Whole trajectories of a network on the CPU. The batch is cut into tiles of rows; a tile goes
+// through all steps, stages and layers while it is in the cache, forward and backward.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../core/step.h"
+#include "activation_kind.h"
+#include "threads.h"
+
+namespace fmft {
+
+constexpr int kMaxValues = 64;
+
+// Matrices [rows, ld] for every stage, or one that all stages share.
+struct Buffer {
+  int64_t offset = -1;  // -1: absent
+  bool per_stage = false;
+  bool kept = false;  // in the memory that lasts from the forward to the backward pass
+};
+
+// A value of the network in a tile. Narrow ones are dense; others are padded to whole vectors.
+struct Value {
+  int64_t width = 0, ld = 0, vectors = 0;
+  bool narrow = false;
+  Buffer value, delta;  // delta: the gradient of z, before that of the value
+};
+
+struct Term {
+  int source = 0;
+  int parameter = -1;  // -1: the identity
+  int64_t column = 0;
+  int64_t forward = -1, backward = -1;  // W^T and W among the packs
+  int64_t gradient = -1;
+};
+
+struct Layer {
+  int64_t width = 0;
+  int bias = -1, time = -1, table = -1, cond = -1;
+  int64_t time_column = 0;
+  Activation activation = Activation::identity;
+  double parameter = 1;
+  const Term* terms = nullptr;
+  int term_count = 0;
+  const int* skips = nullptr;
+  int skip_count = 0;
+  bool live = true;       // whether the velocity depends on it
+  bool keeps_slope = false;
+  Buffer slope;           // activation'(z), where it is not a function of the value
+  int64_t bias_row = -1, time_row = -1;                      // among the packs
+  int64_t bias_sum = -1, time_sum = -1, table_sum = -1;      // among the gradients
+};
+
+// One solve as the kernels see it. Offsets count numbers of the solve's type.
+struct Job {
+  Type type = Type::f32;
+  int64_t batch = 0, tile_rows = 0;
+  int64_t steps = 0;
+  int stages = 0;
+  const double *a = nullptr, *b = nullptr, *times = nullptr, *h = nullptr;
+  const uint8_t* live = nullptr;  // [steps, stages]: whether anything reads the stage
+  int64_t outputs = 0;
+  const int64_t* output_at = nullptr;
+  const double* weights = nullptr;
+  const Value* values = nullptr;
+  const Layer* layers = nullptr;
+  int layer_count = 0;
+
+  const void* y0 = nullptr;
+  const void* const* parameters = nullptr;
+  const int64_t* leading = nullptr;
+  const void* const* tables = nullptr;
+  const void* const* conds = nullptr;
+  void* out = nullptr;
+
+  const void* grad = nullptr;
+  void* grad_y0 = nullptr;
+  void* const* grad_conds = nullptr;
+  bool again = false;  // the backward pass computes the values from the stage inputs
+  int64_t window = 1;  // steps between two products for the gradients of the matrices
+
+  void* packs = nullptr;
+  int64_t row = 0, sums = 0, y = 0, k = 0, gy = 0, gx = 0, spare = 0;  // in the scratch memory
+};
+
+struct TileMemory {
+  int64_t first = 0, rows = 0;
+  void *kept = nullptr, *scratch = nullptr, *gradients = nullptr;
+};
+
+struct TrajectoryKernels {
+  const char* isa;
+  int vector_bytes;
+  int block_rows, block_vectors;
+  void (*pack)(const Job&);
+  void (*forward)(const Job&, const TileMemory&);
+  void (*backward)(const Job&, const TileMemory&);
+};
+
+TrajectoryKernels trajectory_portable();
+TrajectoryKernels trajectory_avx2();
+TrajectoryKernels trajectory_avx512();
+
+namespace cpu {
+
+// What does not change from solve to solve.
+struct Field {
+  int64_t state = 0;
+  std::vector<Layer> layers;
+  std::vector<std::vector<Term>> terms;
+  std::vector<std::vector<int>> skips;
+  int tables = 0, conds = 0;
+};
+
+struct Method {
+  int stages = 0;
+  std::vector<double> a, b;  // [s, s] and [s]
+};
+
+enum class Keep : int { nothing, inputs, activations };
+
+struct Solve {
+  const Field* field = nullptr;
+  const Method* method = nullptr;
+  Type type = Type::f32;
+  int threads = 1;
+  int64_t batch = 0, steps = 0;
+  const double *times = nullptr, *h = nullptr;
+  std::vector<int64_t> outputs;
+  const double* weights = nullptr;
+  const void* y0 = nullptr;
+  std::vector<const void*> parameters, tables, conds;
+  std::vector<int64_t> leading;
+};
+
+// What the backward pass needs of the forward pass.
+struct Kept {
+  TrajectoryKernels kernels{};
+  Keep keep = Keep::nothing;
+  int parts = 1;
+  int64_t tile_rows = 0;
+  Memory memory;
+};
+
+// Where the gradients go; nullptr where they are not wanted.
+struct Gradients {
+  void* y0 = nullptr;
+  std::vector<void*> parameters, tables, conds;
+  std::vector<int64_t> rows, columns;  // of the parameters
+};
+
+Kept trajectory_forward(const Solve& solve, Keep keep, void* out);
+void trajectory_backward(const Solve& solve, const Kept& kept, const void* grad,
+                         const Gradients& gradients);
+
+}  // namespace cpu
+}  // namespace fmft

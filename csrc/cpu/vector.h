@@ -1,0 +1,107 @@
+// Vectors of the instruction set that this file is compiled for, by the vector extension of GCC and
+// Clang: one source serves every width.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "../core/numbers.h"
+
+namespace fmft {
+inline namespace FMFT_ISA {
+
+// kBlockRows x kBlockVectors accumulators fill the registers, with room for a row of B.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kBlockRows = 6, kBlockVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kBlockRows = 6, kBlockVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kBlockRows = 6, kBlockVectors = 4;
+#else
+constexpr int kVectorBytes = 16, kBlockRows = 4, kBlockVectors = 2;
+#endif
+
+template <class T>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Bits = int32_t;
+  static constexpr int count = kVectorBytes / 4;
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <>
+struct Lanes<double> {
+  using Bits = int64_t;
+  static constexpr int count = kVectorBytes / 8;
+  typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vector = typename Lanes<T>::Vector;
+
+template <class T>
+inline Vector<T> load(const T* from) {
+  Vector<T> v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* to, Vector<T> v) {
+  memcpy(to, &v, sizeof v);
+}
+
+template <class T>
+inline Vector<T> load(const T* from, int count) {
+  Vector<T> v{};
+  memcpy(&v, from, count * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store(T* to, Vector<T> v, int count) {
+  memcpy(to, &v, count * sizeof(T));
+}
+
+template <class T>
+inline Vector<T> broadcast(T x) {
+  return x - Vector<T>{};  // not a sum: x - 0 is x for every x, so that it costs nothing
+}
+
+// One level of the sum of many vectors: blocks of W lanes of a and of b, each folded to W lanes.
+template <class T, int W, int... I>
+inline Vector<T> fold(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+  constexpr int count = Lanes<T>::count;
+#ifdef __clang__
+#define FMFT_PICK(shift) \
+  __builtin_shufflevector(a, b, (I / (2 * W) * 2 * W + I % W + (shift) + (I % (2 * W) < W ? 0 : count))...)
+#else
+#define FMFT_PICK(shift) \
+  __builtin_shuffle(a, b, typename Lanes<T>::Mask{ \
+      (I / (2 * W) * 2 * W + I % W + (shift) + (I % (2 * W) < W ? 0 : count))...})
+#endif
+  return FMFT_PICK(0) + FMFT_PICK(W);
+#undef FMFT_PICK
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <class T, int W = 1>
+inline Vector<T> lane_sums(Vector<T>* v) {
+  constexpr int left = Lanes<T>::count / W;
+  if constexpr (left == 1) {
+    return v[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < left / 2; ++i)
+      v[i] = fold<T, W>(v[2 * i], v[2 * i + 1],
+                        std::make_integer_sequence<int, Lanes<T>::count>{});
+    return lane_sums<T, 2 * W>(v);
+  }
+}
+
+}  // namespace FMFT_ISA
+}  // namespace fmft

@@ -1,0 +1,301 @@
+"""The compiled trajectory kernels against plain torch in float64, on every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops.kernel_sets import instruction_set
+from ops.networks import chain, make_inputs, make_program, viscosity
+
+from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term, activate
+from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
+
+cpu = pytest.importorskip("fmft_fast.ops.trajectory_cpu", exc_type=ImportError)
+REFERENCE = Reference()
+METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4", "bosh3", "dopri5", "tsit5")
+NETWORKS = {
+    "64 x 3": chain(2, (64, 64, 64)),
+    "odd widths": chain(3, (20, 33), "tanh"),
+    "tables, conditions, skips": chain(7, (24, 24), "silu", time="tables", cond=True, skips=True),
+    "scalar": chain(1, (7,), "gelu", time="none"),
+    "one layer": chain(5, ()),
+    "several panels": chain(32, (70, 130), "softplus", 1.5),
+    "six layers": chain(2, (8,) * 5, "sigmoid"),
+    "viscosity": viscosity(2, 16),
+    "viscosity on an MLP": viscosity(7, 40, 3, base=True),
+}
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    with instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return rebuild(inputs, [x.to(dtype) for x in flatten(inputs)])
+
+
+def everything(inputs: Inputs) -> Inputs:
+    return rebuild(inputs, [True] * len(flatten(inputs)))
+
+
+def solve(kernels, program, inputs, keep="inputs", grad=None, wanted=None):
+    """The outputs and all gradients of a solve."""
+    wanted = everything(inputs) if wanted is None else wanted
+    out, kept = kernels.forward(program, inputs, keep)
+    if grad is None:
+        grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    found = kernels.backward(program, inputs, kept, grad.to(out.dtype), wanted)
+    return [out, *flatten(found)]
+
+
+def check(program, inputs, keep, dtype=torch.float64):
+    """Errors are at most twice those of torch in the same precision."""
+    exact = solve(REFERENCE, program, inputs)
+    rough = solve(REFERENCE, program, cast(inputs, dtype))
+    found = solve(cpu.KERNELS, program, cast(inputs, dtype), keep)
+    slack = 1e-6 if dtype == torch.float32 else 1e-13
+    for x, y, z in zip(exact, rough, found, strict=True):
+        assert z.dtype == dtype and z.shape == x.shape
+        size = x.abs().max()
+        allowed = 2 * (y.double() - x).abs().max() + slack * (size + 1e-3)
+        assert (z.double() - x).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network(isa, name, keep) -> None:
+    network, shapes = NETWORKS[name]
+    program = make_program(network, "heun3", 3, outputs=(0, 2, 3), uneven=True)
+    for batch in (1, 15, 63, 130):
+        inputs = make_inputs(network, shapes, batch, 9)
+        for dtype in (torch.float32, torch.float64):
+            check(program, inputs, keep, dtype)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method) -> None:
+    network, shapes = chain(3, (20, 12))
+    program = make_program(network, method, 4, outputs=(1, 4))
+    inputs = make_inputs(network, shapes, 21, program.steps * program.stages)
+    for keep in ("inputs", "activations"):
+        for dtype in (torch.float32, torch.float64):
+            check(program, inputs, keep, dtype)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(isa, activation, keep) -> None:
+    for slope in (0.3, 1.7) if activation == "softplus" else (0.3, -0.2):
+        for skips in (False, True):
+            network, shapes = chain(3, (12, 12), activation, slope, skips=skips)
+            program = make_program(network, "midpoint", 2)
+            inputs = make_inputs(network, shapes, 17, 4)
+            for dtype in (torch.float32, torch.float64):
+                check(program, inputs, keep, dtype)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+def test_an_activated_velocity(keep) -> None:
+    for activation in ("tanh", "silu"):
+        layers = (
+            Layer(9, (Term(0, 0),), 1, activation="relu"),
+            Layer(3, (Term(1, 2),), activation=activation),
+        )
+        network = Network(3, layers)
+        inputs = make_inputs(network, [(9, 3), (9,), (3, 9)], 10, 4)
+        check(make_program(network, "rk4", 1), inputs, keep)
+
+
+def test_layers_that_nothing_reads_and_a_constant_field() -> None:
+    layers = (
+        Layer(9, (Term(0, 0),), activation="tanh"),
+        Layer(4, (), bias=1, activation="tanh"),
+        Layer(3, (Term(2, 2),), time=(2, 4)),
+    )
+    network = Network(3, layers)
+    inputs = make_inputs(network, [(9, 3), (4,), (3, 6)], 10, 4)
+    check(make_program(network, "rk4", 1), inputs, "inputs")
+    check(make_program(network, "rk4", 1), inputs, "activations")
+
+
+def test_a_matrix_of_several_readers() -> None:
+    """Column ranges, the same range twice, the identity, and a column that nothing reads."""
+    layers = (
+        Layer(6, (Term(0, 0),), 1, time=(0, 3), activation="tanh"),
+        Layer(6, (Term(0, 0), Term(1, 0, 5), Term(1, None)), 1, time=(0, 4), activation="selu"),
+        Layer(3, (Term(2, 2), Term(1, 2), Term(0, None))),
+    )
+    network = Network(3, layers)
+    inputs = make_inputs(network, [(6, 12), (6,), (3, 6)], 19, 8)
+    check(make_program(network, "rk4", 2), inputs, "inputs")
+    found = solve(cpu.KERNELS, make_program(network, "rk4", 2), inputs, "activations")
+    assert torch.equal(found[2][:, 11], torch.zeros(6, dtype=torch.float64))
+    check(make_program(network, "rk4", 2), inputs, "activations")
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+def test_dense_output(isa, keep) -> None:
+    network, shapes = chain(3, (20, 12))
+    tableau = make_program(network, "dopri5", 3)
+    generator = torch.Generator().manual_seed(0)
+    outputs = (0, 1, 1, 1)  # a last step that nothing reads beyond its start
+    weights = torch.rand(4, tableau.stages, generator=generator, dtype=torch.float64)
+    program = Program(network, tableau.a, tableau.b, tableau.times, tableau.h, outputs, weights)
+    check(program, make_inputs(network, shapes, 21, 18), keep)
+
+
+def test_stages_that_nothing_reads(isa) -> None:
+    network, shapes = chain(3, (20, 12))
+    a = ((), (0.5,), (0.1, 0.2), (0.0, 1.0, 0.0), (0.2, 0.3, 0.0, 0.4))
+    times = torch.rand(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h = torch.full((3,), 0.3, dtype=torch.float64)
+    program = Program(network, a, (0.5, 0.0, 0.0, 0.5, 0.0), times, h, (3,))
+    for keep in ("inputs", "activations"):
+        check(program, make_inputs(network, shapes, 21, 15), keep)
+        fsal = torch.tensor([[0.3, 0.0, 0.0, 0.1, 0.6]], dtype=torch.float64)
+        dense = Program(network, a, program.b, times, h, (1,), fsal)
+        check(dense, make_inputs(network, shapes, 21, 15), keep)
+
+
+def test_long_solves_flush_the_deltas() -> None:
+    network, shapes = chain(2, (64, 64))
+    program = make_program(network, "euler", 90)
+    check(program, make_inputs(network, shapes, 50, 90), "inputs")
+    check(program, make_inputs(network, shapes, 50, 90), "activations")
+
+
+def test_subsets_of_gradients() -> None:
+    network, shapes = chain(3, (20, 12), time="tables", cond=True)
+    program = make_program(network, "midpoint", 3)
+    inputs = make_inputs(network, shapes, 13, 6)
+    whole = solve(cpu.KERNELS, program, inputs, "activations")
+    for keep in ("inputs", "activations"):
+        for chosen in range(len(whole) - 1):
+            for flags in (
+                [i == chosen for i in range(len(whole) - 1)],
+                [i != chosen for i in range(len(whole) - 1)],
+            ):
+                wanted = rebuild(inputs, flags)
+                found = solve(cpu.KERNELS, program, inputs, keep, wanted=wanted)
+                for w, x, y in zip(flags, found[1:], whole[1:], strict=True):
+                    assert (x is not None) == w
+                    if w:
+                        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+def test_layouts_of_the_tensors() -> None:
+    network, shapes = chain(3, (20, 12), cond=True)
+    program = make_program(network, "midpoint", 3, outputs=(1, 3))
+    inputs = make_inputs(network, shapes, 13, 6)
+    expected = solve(cpu.KERNELS, program, inputs)
+    strided = [
+        torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2].copy_(x)
+        for x in flatten(inputs)
+    ]
+    turned = [x.t().contiguous().t() for x in flatten(inputs)]
+    wide = [
+        torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)[..., :-3].copy_(x)
+        for x in flatten(inputs)
+    ]
+    for tensors in (strided, turned, wide):
+        found = solve(cpu.KERNELS, program, rebuild(inputs, tensors))
+        assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+
+
+def test_what_older_solves_left_in_memory_is_not_read(isa) -> None:
+    """Memory comes back from a pool: a solve of NaN must not show in the next one."""
+    network, shapes = chain(3, (20, 17), "silu", time="tables", cond=True, skips=True)
+    program = make_program(network, "rk4", 3)
+    for dtype in (torch.float32, torch.float64):
+        inputs = make_inputs(network, shapes, 70, 12, dtype)
+        poison = rebuild(inputs, [torch.full_like(x, torch.nan) for x in flatten(inputs)])
+        for keep in ("inputs", "activations"):
+            first = solve(cpu.KERNELS, program, inputs, keep)
+            solve(cpu.KERNELS, program, poison, keep)
+            again = solve(cpu.KERNELS, program, inputs, keep)
+            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_threads_share_the_batch() -> None:
+    network, shapes = chain(2, (64, 64, 64), cond=True)
+    program = make_program(network, "rk4", 8, outputs=(0, 8))
+    inputs = make_inputs(network, shapes, 257, 32)
+    one = solve(cpu.KERNELS, program, inputs, "activations")
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        two = solve(cpu.KERNELS, program, inputs, "activations")
+        again = solve(cpu.KERNELS, program, inputs, "activations")
+        for x, y, z in zip(one, two, again, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+            assert torch.equal(y, z)
+
+
+def test_non_finite_values_stay_in_their_row() -> None:
+    network, shapes = chain(2, (20, 20))
+    program = make_program(network, "rk4", 2)
+    inputs = make_inputs(network, shapes, 50, 8)
+    clean, _ = cpu.KERNELS.forward(program, inputs, "nothing")
+    flatten(inputs)[0][7, 0] = torch.nan
+    out, kept = cpu.KERNELS.forward(program, inputs, "nothing")
+    assert kept is None
+    assert out[0, 7].isnan().all()
+    others = torch.arange(50) != 7
+    assert torch.equal(out[:, others], clean[:, others])
+
+
+def test_no_rows() -> None:
+    network, shapes = chain(2, (20, 20), cond=True)
+    program = make_program(network, "euler", 2)
+    found = solve(cpu.KERNELS, program, make_inputs(network, shapes, 0, 2), "activations")
+    assert found[0].shape == (1, 0, 2)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in found[2:])
+
+
+def test_what_is_refused() -> None:
+    network, _ = chain(2, (20,))
+    assert cpu.KERNELS.refuses(network, 4, 16, torch.float32) is None
+    assert "float16" in cpu.KERNELS.refuses(network, 4, 16, torch.float16)
+    assert "16 stages" in cpu.KERNELS.refuses(network, 17, 16, torch.float32)
+
+
+# Values are within 4 units in the last place; those of these activations, which torch computes with
+# cancellation or from a rounded product too, within 4 epsilon of the larger of |value| and this.
+FLOORS = {"gelu": 1.0, "gelu_tanh": 1.0, "softplus": 0.1}
+BOUND = 4.0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_accuracy_of_activations(isa, activation) -> None:
+    slope = 0.7
+    layer = Layer(1, (), cond=0, activation=activation, slope=slope)
+    network = Network(1, (layer,))
+    near = torch.logspace(-30, 0, 400, dtype=torch.float64)
+    z = torch.cat([torch.linspace(-30, 30, 4001, dtype=torch.float64), near, -near])[:, None]
+    # One Euler step with h = 1 from 0 gives the activation itself.
+    h = torch.ones(1, dtype=torch.float64)
+    program = Program(network, ((),), (1.0,), torch.zeros(1, 1, dtype=torch.float64), h, (1,))
+    for dtype in (torch.float32, torch.float64):
+        x = z.to(dtype).double().requires_grad_()
+        exact = activate(x, activation, slope)
+        (slope_exact,) = torch.autograd.grad(exact.sum(), x)
+        inputs = Inputs(torch.zeros_like(z, dtype=dtype), [], [], [z.to(dtype)])
+        wanted = rebuild(inputs, [False, True])
+        out, *rest = solve(
+            cpu.KERNELS, program, inputs, "activations", torch.ones(1, *z.shape), wanted
+        )
+        eps = torch.finfo(dtype).eps
+        size = exact.abs().clamp(min=FLOORS.get(activation, 1e-30))
+        assert ((out[0].double() - exact).abs() / size).max() <= BOUND * eps
+        # In float64 the reference, which is torch's, errs by some eps |z| itself.
+        own = 1 if dtype == torch.float32 else 1 + x.abs()
+        assert ((rest[-1].double() - slope_exact).abs() / own).max() <= BOUND * eps
