@@ -1,4 +1,4 @@
-"""Imports go one way: cli, tasks, train, flow / fields / analysis, solvers, ops, kernels."""
+"""Imports go one way: cli, tasks, train, flow / fields / analysis, solvers, fusion, ops, kernels."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ LAYERS = (
     {"train"},
     {"flow", "fields", "analysis"},
     {"solvers"},
+    {"fusion"},
     {"ops"},
     {"kernels", "_cpu", "_cuda"},
 )

@@ -1,0 +1,7 @@
+"""Find out whether a velocity field is a network that whole-trajectory kernels can evaluate."""
+
+from .find import explain, find_plan
+from .plan import Plan
+from .refusal import NotFusable
+
+__all__ = ["NotFusable", "Plan", "explain", "find_plan"]

@@ -1,0 +1,243 @@
+"""`find_plan`: the plan of a field from the cache, or from a trace."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+import weakref
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..ops.contract import is_traced
+from .guards import Guards, snapshot
+from .plan import _SEEN, Plan, check_modules, confirm, make_plan
+from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
+
+_LIMIT = 64  # entries per field or code
+_cache: dict[Any, list[_Entry]] = {}
+
+
+class _Entry:
+    """A result, for which fields and arguments it holds, and what it depends on."""
+
+    __slots__ = ("parts", "about", "guards", "result", "seen", "rest")
+
+    def __init__(self, parts: list[Any], about: tuple, rest: Any, guards: Guards, result: Any):
+        self.parts, self.about, self.rest = parts, about, rest
+        self.guards, self.result = guards, result
+        self.seen: set[tuple[int, ...]] = set()
+
+    def matches(self, parts: tuple, about: tuple, rest: Any) -> bool:
+        """Whether a call asks for this."""
+        if self.about != about:
+            return False
+        for ref, part in zip(self.parts, parts, strict=True):
+            if ref() is not part:
+                return False
+        return self.rest == rest and self.guards.hold()
+
+
+def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan | NotFusable:
+    """The network of a field for states like y0, or why there is none.
+
+    The field is never called in a way that anyone could notice. The result is kept until something
+    that the field reads has changed.
+
+    Args:
+        field: `field(t, x)` or `field(t, x, cond)`.
+        y0: [*lead, state] state.
+        cond: the condition, if there is one.
+    """
+    if (refusal := _surroundings(y0, cond)) is not None:
+        return refusal
+    key, parts, rest = _identity(field)
+    about = _about(y0, cond)
+    entries = _cache.get(key, ())
+    for entry in entries:
+        if entry.matches(parts, about, rest):
+            result = entry.result
+            if isinstance(result, Plan):
+                lead = y0.shape[:-1]
+                if lead not in entry.seen and not _admit(entry, field, y0, cond, lead):
+                    return NotFusable(
+                        "what the field computes depends on the batch size",
+                        remedy="do not branch on the number of samples",
+                    )
+            return result
+    return _find(field, y0, cond, key, parts, rest, about)
+
+
+def explain(field: Callable, x0: Tensor, cond: Tensor | None = None) -> str:
+    """How a field would be fused, or why not, in words."""
+    return str(find_plan(field, x0, cond))
+
+
+def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:
+    """What rules fusion out whatever the field is."""
+    kind = y0.device.type
+    if is_traced() or (torch._C._len_torch_function_stack() and not _harmless_modes()):
+        return NotFusable("torch.compile, a torch mode or a functorch transform is at work")
+    if type(y0) is not Tensor and type(y0) is not nn.Parameter:
+        return NotFusable(f"the state is a {type(y0).__name__}, not a plain tensor")
+    if y0.dtype is not torch.float32 and y0.dtype is not torch.float64:
+        return NotFusable(
+            f"the state has the dtype {y0.dtype}", remedy="use float32 or float64 states"
+        )
+    if y0.ndim == 0 or y0.numel() == 0 or y0.ndim > 5 or kind == "meta":
+        return NotFusable(f"the state has the shape {list(y0.shape)} on {kind}")
+    if cond is not None and type(cond) is not Tensor and type(cond) is not nn.Parameter:
+        return NotFusable(f"the condition is a {type(cond).__name__}, not a plain tensor")
+    if torch.is_autocast_enabled(kind):
+        return NotFusable("autocast is enabled", remedy="leave autocast around the solve")
+    if torch_module._has_any_global_hook():
+        return NotFusable("hooks on all modules are registered (torch.nn.modules.module)")
+    return None
+
+
+def _harmless_modes() -> bool:
+    modes = torch.overrides._get_current_function_mode_stack()
+    return all(type(m).__name__ == "DeviceContext" for m in modes)
+
+
+def _about(y0: Tensor, cond: Tensor | None) -> tuple:
+    about = (y0.ndim, y0.shape[-1], y0.dtype, y0.device)
+    if cond is None:
+        return about
+    lead = tuple(
+        -1 if i < y0.ndim - 1 and n == y0.shape[i] else n for i, n in enumerate(cond.shape)
+    )
+    return (*about, lead, cond.dtype, cond.device)
+
+
+def _identity(field: Any) -> tuple[Any, tuple, Any]:
+    """The key of a field, the objects that it must be made of, and plain values.
+
+    A function is known by its code and what it closes over, so that a lambda which is written
+    anew for every solve is found again.
+    """
+    if type(field) is FunctionType:
+        return _of_function(field)
+    if type(field) is MethodType and type(field.__func__) is FunctionType:
+        key, parts, rest = _of_function(field.__func__)
+        return key, (field.__self__, *parts), rest
+    return id(field), (field,), None
+
+
+def _of_function(f: FunctionType) -> tuple[Any, tuple, Any]:
+    cells = f.__closure__
+    if cells is None and f.__defaults__ is None and f.__kwdefaults__ is None:
+        return f.__code__, (), id(f.__globals__)
+    parts: list[Any] = []
+    rest: list[Any] = [id(f.__globals__)]
+    try:
+        values = [cell.cell_contents for cell in cells or ()]
+    except ValueError:
+        values = [f]
+    for value in (*values, f.__defaults__, f.__kwdefaults__):
+        if isinstance(value, (nn.Module, Tensor, FunctionType)):
+            parts.append(value)
+            rest.append(None)
+        elif type(value) in _WHOLE:
+            rest.append(value)
+        else:
+            rest.append(snapshot(value))
+    return f.__code__, tuple(parts), rest
+
+
+_WHOLE = {int, float, str, bool, type(None)}
+
+
+def _find(
+    field: Any, y0: Tensor, cond: Tensor | None, key: Any, parts: tuple, rest: Any, about: tuple
+) -> Plan | NotFusable:
+    guards = Guards()
+    result: Plan | NotFusable
+    try:
+        _walk_root(guards, field)
+        check_modules(list(guards.modules.values()))
+        result = make_plan(field, field, y0, cond, guards)
+    except Refusal as refusal:
+        result = refusal.result
+    except Exception as error:
+        where = _blame(error)
+        text = str(error).splitlines()[0] if str(error) else ""
+        result = NotFusable(f"{type(error).__name__} while it was traced: {text}", where)
+    _keep(key, _Entry(_weak(parts, key), about, rest, guards.seal(), result))
+    return result
+
+
+def _walk_root(guards: Guards, field: Any) -> None:
+    """Walk a field, without holding on to itself."""
+    if isinstance(field, MethodType):
+        guards.walk(field.__self__)
+        field = field.__func__
+    if isinstance(field, FunctionType):
+        if field.__code__.co_filename.startswith(TORCH):
+            raise Refusal(
+                f"{field.__qualname__} is made by torch", None, "pass the function or module inside"
+            )
+        guards.root(field)
+    elif isinstance(field, nn.Module) or hasattr(type(field), "__call__"):
+        guards.walk(field, type(field).__name__)
+    else:
+        raise Refusal(f"a {type(field).__name__} is not callable")
+
+
+def _weak(parts: tuple, key: Any) -> list[Any]:
+    def dropped(_: Any) -> None:
+        entries = _cache.get(key)
+        if entries is not None:
+            entries[:] = [e for e in entries if all(ref() is not None for ref in e.parts)]
+            if not entries:
+                _cache.pop(key, None)
+
+    refs = []
+    for part in parts:
+        try:
+            refs.append(weakref.ref(part, dropped))
+        except TypeError:
+            refs.append(functools.partial(_itself, part))
+    return refs
+
+
+def _itself(part: Any) -> Any:
+    return part
+
+
+def _keep(key: Any, entry: _Entry) -> None:
+    entries = _cache.setdefault(key, [])
+    entries[:] = [
+        e
+        for e in entries
+        if not (
+            e.about == entry.about
+            and e.rest == entry.rest
+            and all(p() is q() for p, q in zip(e.parts, entry.parts, strict=True))
+        )
+    ][-_LIMIT + 1 :]
+    entries.append(entry)
+
+
+def _admit(
+    entry: _Entry, field: Any, y0: Tensor, cond: Tensor | None, lead: tuple[int, ...]
+) -> bool:
+    """Whether a plan holds for leading sizes that it has not met; after some, it is believed."""
+    if len(entry.seen) >= _SEEN and 1 not in lead:
+        return True
+    if not confirm(entry.result, field, y0, cond, field):
+        return False
+    entry.seen.add(lead)
+    return True
+
+
+def _blame(error: BaseException) -> str | None:
+    """The innermost line of the user's in a traceback."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((TORCH, OWN)) and frame.lineno:
+            return source_line(frame.filename, frame.lineno)
+    return None
