@@ -25,7 +25,12 @@ def put_rows(p, rows, batch, x, STRIDE: tl.constexpr, N: tl.constexpr, PN: tl.co
 
 @triton.jit
 def matrix(
-    p, N: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr, PK: tl.constexpr
+    p,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PN: tl.constexpr,
+    PK: tl.constexpr,
 ):
     """Load a matrix [N, K] as [PN, PK]; one element of it follows another after STRIDE."""
     n = tl.arange(0, PN)[:, None]
@@ -38,7 +43,12 @@ def matrix(
 
 @triton.jit
 def transposed(
-    p, N: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr, PK: tl.constexpr
+    p,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PN: tl.constexpr,
+    PK: tl.constexpr,
 ):
     """Load the transpose of a matrix [N, K] as [PK, PN]."""
     n = tl.arange(0, PN)[None, :]
@@ -50,13 +60,24 @@ def transposed(
 
 
 @triton.jit
-def put_matrix(
-    p, x, N: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr, PK: tl.constexpr
+def add_product(
+    p,
+    x,
+    y,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PN: tl.constexpr,
+    PK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Store the part [N, K] of a tile [PN, PK]."""
+    """Add transposed x times y to a matrix [N, K] that only this program uses."""
     n = tl.arange(0, PN)[:, None]
     k = tl.arange(0, PK)[None, :]
-    tl.store(p + n * STRIDE + k, x, mask=(n < N) & (k < K))
+    inside = (n < N) & (k < K)
+    total = tl.load(p + n * STRIDE + k, mask=inside, other=0.0)
+    total = tl.dot(tl.trans(x), y, acc=total, input_precision=PRECISION)
+    tl.store(p + n * STRIDE + k, total, mask=inside)
 
 
 @triton.jit

@@ -229,7 +229,17 @@ class _Forward(_Writer):
     def source(self) -> str:
         state, s = self.network.state, self.stages
         ks = [f"k{j}" for j in range(s)]
-        first = ["out", "kept", "y0", "numbers", "weights", "first", "batch", "steps", "keep"]
+        first = [
+            "out",
+            "kept",
+            "y0",
+            "numbers",
+            "weights",
+            "first",
+            "batch",
+            "steps",
+            "keep",
+        ]
         with self.kernel(first):
             self.add("rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)")
             self.add(f"size = batch.to(tl.int64) * {state}")
@@ -289,8 +299,8 @@ class _Backward(_Writer):
             self.add(f"size = batch.to(tl.int64) * {state}")
             tables = f"steps.to(tl.int64) * {s * sum(self.tables.values())}"
             self.add(f"mine = partials + program * ({self.ends[-1]} + {tables})")
-            for name, sides, _ in self.sums():
-                self.add(f"{name} = tl.zeros(({', '.join(map(str, sides))},), tl.float32)")
+            for name, size, _ in self.sums():
+                self.add(f"{name} = tl.zeros(({size},), tl.float32)")
             loop = "range(tl.program_id(0), tl.cdiv(batch, BLOCK), tl.num_programs(0))"
             with self.block(f"for block in {loop}:"):
                 self.add("rows = tl.arange(0, BLOCK).to(tl.int64) + block * BLOCK")
@@ -302,8 +312,8 @@ class _Backward(_Writer):
                     self.step(ks)
                 for i, width in self.conds.items():
                     self.put_rows(f"grad_cond{i}", f"sum_cond{i}", width)
-            for _, _, store in self.sums():
-                self.add(store)
+            for _, _, put in self.sums():
+                self.add(f"put_vector({put})")
         return "\n".join(self.lines) + "\n"
 
     def step(self, ks: list[str]) -> None:
@@ -333,21 +343,16 @@ class _Backward(_Writer):
                 self.add(f"w{j} = tl.load(at + {s} + i * {s} + {j})")
                 self.add(*(f"{k}_{c} += w{j} * g0_{c}" for c in parts))
 
-    def sums(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        """The sums of gradients of parameters: their names, shapes, and how they are stored."""
-        for p, column, count, matrix in reads(self.network):
-            if not self.wanted.parameters[p]:
+    def sums(self) -> Iterator[tuple[str, int, str]]:
+        """The sums of vectors' gradients: their names, sizes, and what `put_vector` takes."""
+        for p, column, _, matrix in reads(self.network):
+            if matrix or not self.wanted.parameters[p]:
                 continue
             stride = self.stride(p)
             for c, (i, n, pn) in enumerate(pieces(self.shapes[p][0], self.tile)):
-                at = self.ends[p] + i * stride + column
                 name = f"sum{p}_{column}_{c}"
-                if not matrix:
-                    yield name, (pn,), f"put_vector(mine + {at}, {name}, {n}, {stride}, {pn})"
-                    continue
-                for d, (j, k, pk) in enumerate(pieces(count, self.tile)):
-                    tile = f"{name}_{d}, {n}, {k}, {stride}, {pn}, {pk}"
-                    yield f"{name}_{d}", (pn, pk), f"put_matrix(mine + {at + j}, {tile})"
+                at = f"mine + {self.ends[p] + i * stride + column}"
+                yield name, pn, f"{at}, {name}, {n}, {stride}, {pn}"
 
     def stage(self, grad: str, time: str) -> None:
         """Write the field again at a stage's input, and g0, what comes back through it."""
@@ -396,12 +401,13 @@ class _Backward(_Writer):
                 continue
             columns = range(len(self.pieces(term.source)))
             if self.wanted.parameters[term.weight]:
-                for c in parts:
-                    for d in columns:
-                        name = f"sum{term.weight}_{term.column}_{c}_{d}"
-                        factors = f"tl.trans({b[c]}), v{term.source}_{d}"
-                        precision = "input_precision=PRECISION"
-                        self.add(f"{name} = tl.dot({factors}, acc={name}, {precision})")
+                for c, (i, n, pn) in enumerate(self.pieces(value)):
+                    for d, (j, k, pk) in enumerate(self.pieces(term.source)):
+                        stride = self.stride(term.weight)
+                        at = self.ends[term.weight] + i * stride + term.column + j
+                        tiles = f"mine + {at}, {b[c]}, v{term.source}_{d}"
+                        sizes = f"{n}, {k}, {stride}, {pn}, {pk}"
+                        self.add(f"add_product({tiles}, {sizes}, PRECISION)")
             before = self.known.get(term.source)
             for d in columns:
                 name = f"g{term.source}_{d}"
