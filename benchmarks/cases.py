@@ -172,5 +172,5 @@ def tiny(case: Case) -> Case:
     """The same kind of case at a size for tests."""
     hidden = (8,) if case.field == "unet" else (8,) * len(case.hidden)
     shape = (1, 8, 8) if case.field == "unet" else case.shape
-    steps = None if case.steps is None else min(case.steps, 4)
-    return replace(case, batch=5, shape=shape, hidden=hidden, steps=steps)
+    steps = None if case.steps is None else min(case.steps, 2)
+    return replace(case, batch=5, shape=shape, hidden=hidden, steps=steps, tol=1e-6)

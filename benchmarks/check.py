@@ -45,9 +45,9 @@ class Errors:
 class Reference:
     """The final state, the gradient and AdamW's first update of a case in float64."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, device: str = "cpu"):
         exact = case if case.steps else replace(case, tol=1e-11)
-        problem = Problem(exact, torch.float64)
+        problem = Problem(exact, torch.float64, device)
         peer = PEERS["plain loop" if case.steps else 'fmft_fast.solve(gradient="backprop")']
         state, *grads = peer.prepare(problem, "gradient")()
         self.start = flat(problem.parameters)

@@ -1,9 +1,11 @@
-"""One command for a machine with a GPU: build from source, run the GPU tests, time the step ops.
+"""One command for a machine with a GPU: build from source, test, look for races, time everything.
 
     python -m benchmarks.gpu_check
 
-It needs no network, installs the checkout in place into the running Python, and writes
-benchmarks/results/gpu_check.json. Where a test fails it reports no times.
+It needs no network, installs the checkout in place into the running Python, and takes less than
+eight minutes. It writes benchmarks/results/gpu_check.json and next to it cuda-suite.json, for
+`benchmarks.table` and `benchmarks.gate`. Where a test fails it reports no times. `--device cpu`
+tries out the timing of the suite where there is no GPU.
 """
 
 from __future__ import annotations
@@ -13,23 +15,49 @@ import functools
 import itertools
 import json
 import os
-import platform
-import statistics
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/gpu_check.json"
+from . import machine, measure, results
+from .cases import CASES
+from .machine import ROOT
+from .peers import PEERS
+from .results import Report, Row
+from .run import selection
+
+RESULTS = results.FOLDER / "gpu_check.json"
+BUDGET = 460.0  # seconds in all
+TEST_LIMIT, SANITIZER_LIMIT, PEER_LIMIT = 150.0, 45.0, 60.0
+TIMED = ("p1", "small", "wide", "policy")
+# What matters most comes first: the rest goes without if time runs out.
+ORDER = (
+    *("fmft_fast.solve", "fmft_fast.odeint", "torchdiffeq.odeint", "CUDA-graphed loop"),
+    *("torch.compile reduce-overhead", "plain loop", "torchdiffeq.odeint_adjoint"),
+)
 SIZES = (256 * 2, 4096 * 32, 1 << 20, 1 << 24)
 STAGES = 7
 ROWS = 8  # of the dense output
-CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,driver_version"
+
+
+class Clock:
+    """The seconds that are left."""
+
+    def __init__(self, budget: float):
+        self.end = time.monotonic() + budget
+
+    def limit(self, most: float) -> float:
+        """At most so many seconds, and not more than are left."""
+        return max(0.0, min(most, self.end - time.monotonic()))
 
 
 def main() -> int:
@@ -37,95 +65,171 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build, test and time on a GPU.")
     parser.add_argument("--require-gpu", action="store_true", help="fail where there is no GPU")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where to write the JSON")
-    parser.add_argument("--only-times", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per row of the suite")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="of the suite")
+    parser.add_argument("--peer", action="append", choices=list(PEERS), help="of the suite")
+    parser.add_argument("--only-step-ops", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    clock = Clock(options.budget)
+    if options.device == "cuda" and not torch.cuda.is_available():
         print(f"No GPU: torch {torch.__version__} sees no CUDA device; nothing was checked.")
         return int(options.require_gpu)
-    if options.only_times:
+    if options.only_step_ops:
         print(json.dumps(time_ops()))
         return 0
-    report: dict[str, Any] = {"machine": machine(), "commit": commit()}
-    report["build"] = build()
-    report["tests"] = run_tests()
-    passed = report["build"]["status"] == 0 and report["tests"]["status"] == 0
-    # A fresh process, which sees the package as it was just installed.
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--only-times"]
-    if passed:
-        times = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if times.returncode:
-            print(times.stderr)
-            return 1
-        report["step_ops"] = json.loads(times.stdout.splitlines()[-1])
-        show(report["step_ops"])
-    report["clocks_after"] = clocks()
+    report: dict[str, Any] = {}
+    failed = False
+    if options.device == "cuda":
+        report["build"] = build(clock)
+        report["tests"] = run_tests(clock)
+        report["sanitizer"] = {tool: sanitize(tool, clock) for tool in ("memcheck", "racecheck")}
+        stages = (report["build"], report["tests"], *report["sanitizer"].values())
+        failed = any(stage["status"] not in (0, None) for stage in stages)
+    report["machine"] = machine.describe(options.device)
+    if not failed:
+        if options.device == "cuda":
+            report["step_ops"] = step_ops(clock)
+        suite = time_suite(
+            options.case or TIMED, options.peer, options.seconds, options.device, clock
+        )
+        suite.write(options.output.with_name(f"{options.device}-suite.json"))
+        report["suite"] = asdict(suite)
+    report["clocks_after"] = machine.clocks()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {options.output}")
-    return int(not passed)
+    return int(failed)
 
 
-def machine() -> dict[str, Any]:
-    """Return the device, its clocks and the versions in use."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "clocks": clocks(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def in_order(peers: Sequence[str]) -> list[str]:
+    """The peers, what matters most first."""
+    return sorted(peers, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-def clocks() -> str:
-    """Return what nvidia-smi says of the clocks, or why it says nothing."""
-    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown ({error})"
+def time_suite(
+    cases: Sequence[str],
+    peers: Sequence[str] | None,
+    seconds: float,
+    device: str,
+    clock: Clock,
+    peer_limit: float = PEER_LIMIT,
+) -> Report:
+    """Time each peer in a process of its own, which is stopped at the limit."""
+    parts: list[Report] = []
+    missing: list[Row] = []
+    keys = [(case.name, operation) for case, operation in selection(cases, None, device)]
+    for peer in in_order(peers or list(PEERS)):
+        limit = clock.limit(peer_limit)
+        part = time_peer(peer, cases, seconds, device, limit) if limit > 5 else None
+        if part is not None:
+            parts.append(part)
+        done = {(row.case, row.operation): row for row in (part.rows if part else ())}
+        reason = f"no result within {limit:.0f} s"
+        missing += [Row(*key, peer, 1, reason) for key in keys if key not in done]
+        for key in keys:
+            row = done.get(key)
+            shown = reason if row is None else row.reason or f"{1e3 * (row.ms or 0):.1f} us"
+            print(f"{key[0]:8}{key[1]:10}{peer:38}{shown}", flush=True)
+    if not parts:
+        empty = Report(machine.describe(device), {}, {}, [])
+        return Report(empty.machine, {}, {}, missing)
+    merged = results.merge(parts)
+    return Report(merged.machine, merged.settings, merged.rates, [*merged.rows, *missing])
 
 
-def commit() -> str:
-    """Return the commit of the checkout, marked if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+def time_peer(
+    peer: str, cases: Sequence[str], seconds: float, device: str, limit: float
+) -> Report | None:
+    """What a peer's process has written when it ended or was stopped."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        command = [
+            *(sys.executable, "-m", "benchmarks.run", "--device", device, "--peer", peer),
+            *("--seconds", str(seconds), "--output", str(path), "--no-pictures"),
+            *(word for case in cases for word in ("--case", case)),
+        ]
+        found = run_limited(command, limit)
+        if found["status"] not in (0, 124):
+            print(found["output"][-2000:])
+        return results.read(path) if path.exists() else None
 
 
-def build() -> dict[str, Any]:
+def run_limited(
+    command: Sequence[str], limit: float, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Exit status (124 at the limit), output and seconds of a command."""
+    start = time.perf_counter()
+    environment = {**os.environ, **(env or {})}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and the compilers that it has started
+            process.wait()
+            status = 124
+        log.seek(0)
+        output = log.read()
+    return {"status": status, "output": output, "seconds": time.perf_counter() - start}
+
+
+def build(clock: Clock) -> dict[str, Any]:
     """Install the checkout in place, its CUDA module compiled for this GPU."""
     major, minor = torch.cuda.get_device_capability()
-    start = time.perf_counter()
-    status = subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"),
-            *("--quiet", "-e", str(ROOT)),
-        ],
-        env={**os.environ, "FMFT_CUDA": "1", "FMFT_CUDA_ARCHS": f"{major}{minor}"},
-    ).returncode
-    return {"status": status, "seconds": time.perf_counter() - start}
+    command = [
+        *(sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"),
+        *("--quiet", "-e", str(ROOT)),
+    ]
+    arch = {"FMFT_CUDA": "1", "FMFT_CUDA_ARCHS": f"{major}{minor}"}
+    found = run_limited(command, clock.limit(BUDGET), arch)
+    print(found["output"][-6000:])
+    return {"status": found["status"], "seconds": found["seconds"]}
 
 
-def run_tests() -> dict[str, Any]:
+def run_tests(clock: Clock) -> dict[str, Any]:
     """Run the tests marked gpu and keep pytest's closing line."""
-    start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    print(result.stdout[-6000:])
-    lines = result.stdout.strip().splitlines()
-    return {
-        "status": result.returncode,
-        "summary": lines[-1] if lines else "pytest printed nothing",
-        "seconds": time.perf_counter() - start,
-    }
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    return closing_line(run_limited(command, clock.limit(TEST_LIMIT)))
+
+
+def sanitize(tool: str, clock: Clock) -> dict[str, Any]:
+    """Run the small GPU tests under a tool of compute-sanitizer; status None if it cannot run."""
+    path = shutil.which("compute-sanitizer")
+    if path is None:
+        return {"status": None, "summary": "compute-sanitizer is not installed"}
+    command = [
+        *(path, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all"),
+        *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "sanitizer"),
+        *("-p", "no:cacheprovider"),
+    ]
+    found = closing_line(run_limited(command, clock.limit(SANITIZER_LIMIT)))
+    if found["status"] == 5:  # pytest found no such test
+        found["status"] = None
+    return found
+
+
+def closing_line(found: dict[str, Any]) -> dict[str, Any]:
+    """Show the end of a command's output and keep its last line."""
+    print(found["output"][-6000:])
+    lines = found["output"].strip().splitlines()
+    summary = lines[-1] if lines else "it printed nothing"
+    return {"status": found["status"], "summary": summary, "seconds": found["seconds"]}
+
+
+def step_ops(clock: Clock) -> list[dict[str, Any]]:
+    """The times of the step ops, from a process that sees the package as it was installed."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--only-step-ops"]
+    found = run_limited(command, clock.limit(PEER_LIMIT))
+    if found["status"]:
+        print(found["output"][-2000:])
+        return []
+    rows = json.loads(found["output"].splitlines()[-1])
+    show(rows)
+    return rows
 
 
 def time_ops() -> list[dict[str, Any]]:
@@ -157,17 +261,8 @@ def call_us(call: Callable[[], Any], batch: int = 20, repeats: int = 30) -> dict
     """Time a call on the device, in us: median and 20/80 % quantiles over batches of calls."""
     for _ in range(batch):
         call()
-    samples = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(batch):
-            call()
-        end.record()
-        end.synchronize()
-        samples.append(1e3 * start.elapsed_time(end) / batch)
-    low, *_, high = statistics.quantiles(samples, n=5)
-    return {"median": statistics.median(samples), "low": low, "high": high}
+    found = measure.summarise([measure.cuda_sample(call, batch) for _ in range(repeats)], 0.0)
+    return {"median": 1e3 * found.ms, "low": 1e3 * found.ms_20, "high": 1e3 * found.ms_80}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

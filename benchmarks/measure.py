@@ -40,7 +40,7 @@ def interleave(
     than their slots). The first run in a slot finds cold caches and is not counted unless it fills
     the slot.
     """
-    clock = _cuda_sample if device == "cuda" else _cpu_sample
+    clock = cuda_sample if device == "cuda" else _cpu_sample
     samples: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, float] = dict.fromkeys(calls, 0.0)
     wall: dict[str, float] = dict.fromkeys(calls, 0.0)
@@ -84,7 +84,8 @@ def _cpu_sample(call: Callable[[], Any], batch: int) -> float:
     return 1e3 * (time.perf_counter() - start) / batch
 
 
-def _cuda_sample(call: Callable[[], Any], batch: int) -> float:
+def cuda_sample(call: Callable[[], Any], batch: int) -> float:
+    """Time of a call on the device in ms, over a batch of calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(batch):
@@ -160,7 +161,7 @@ def copy_rate(device: str = "cpu", seconds: float = 0.3) -> float:
 
 
 def _best_seconds(call: Callable[[], Any], seconds: float, device: str) -> float:
-    clock = _cuda_sample if device == "cuda" else _cpu_sample
+    clock = cuda_sample if device == "cuda" else _cpu_sample
     call()
     found = []
     end = time.perf_counter() + seconds

@@ -9,6 +9,7 @@ from .cases import CASES, OPERATIONS
 from .peers import BASELINE, PEERS
 from .results import Report
 
+TICKS = (0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 OURS, JAX, OTHERS = "#c44e52", "#dd8d29", "#2a6f97"
 COLOURS = ("#2a6f97", "#8a8a8a", "#5b9a68", "#8c6bb1", "#dd8d29", "#c44e52", "#7b241c")
 
@@ -28,19 +29,28 @@ def speedups(report: Report, file: Path, threads: int = 1) -> None:
         gains = {
             peer: gain
             for peer in reversed(PEERS)
-            if (gain := _gain(report, case, operation, peer, threads))
+            if peer != BASELINE and (gain := _gain(report, case, operation, peer, threads))
         }
-        names = list(gains)
-        bars = axis.barh(names, list(gains.values()), color=[_colour(name) for name in names])
-        axis.bar_label(bars, fmt="{:.2g}", padding=2, fontsize=7)
+        for peer, gain in gains.items():
+            # From 1 to the gain: to the left is slower, to the right is faster.
+            axis.barh(peer, gain - 1, left=1, color=_colour(peer))
+            axis.annotate(
+                f"{gain:.2g}",
+                (gain, peer),
+                (3 if gain >= 1 else -3, 0),
+                textcoords="offset points",
+                ha="left" if gain >= 1 else "right",
+                va="center",
+                fontsize=7,
+            )
         axis.axvline(1, color="#333333", linewidth=0.8)
         axis.set_xscale("log")
-        low, high = min(gains.values()), max(gains.values())
-        axis.set_xlim(min(0.3, low / 1.5), max(3.0, high * 2))
+        low, high = min(gains.values(), default=1), max(gains.values(), default=1)
+        axis.set_xlim(min(0.25, low / 3), max(4.0, high * 2))
         axis.set_title(f"{case}, {operation}", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.minorticks_off()
-        axis.set_xticks(ticks := [t for t in (0.1, 0.3, 1, 3, 10, 30, 100) if _within(axis, t)])
+        axis.set_xticks(ticks := [t for t in TICKS if _within(axis, t)])
         axis.set_xticklabels([f"{t:g}" for t in ticks])
     figure.suptitle(
         f"Times faster than {BASELINE} ({report.machine['class']}, {threads} thread)", fontsize=11

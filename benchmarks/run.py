@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def time_peers(
 ) -> list[Row]:
     """The rows of one operation of one case."""
     torch._dynamo.reset()  # compiled functions of earlier cases count against its limits
-    reference, problem = reference_of(case), Problem(case)
+    reference, problem = reference_of(case, device), Problem(case)
     calls: dict[str, Call] = {}
     rows: dict[str, dict[str, Any]] = {}
     for peer in peers:
@@ -134,26 +134,30 @@ def run(
     peers: Sequence[str],
     seconds: float,
     device: str = "cpu",
-    progress: bool = True,
+    keep: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Time peers in this process, with as many threads as torch has."""
+    """Time peers in this process, with as many threads as torch has.
+
+    What is found so far goes to `keep` after every operation.
+    """
     rates = {"gemm": measure.gemm_rate(device), "copy": measure.copy_rate(device)}
-    rows = []
+    command = " ".join(["python -m benchmarks.run", *sys.argv[1:]])
+    report = Report(
+        machine.describe(device),
+        {"seconds": seconds, "command": command},
+        {str(torch.get_num_threads()): rates},
+        [],
+    )
     for case, operation in chosen:
         begin = time.perf_counter()
         found = time_peers(case, operation, peers, seconds, rates, device)
-        rows += found
-        if progress:
-            print(f"\n{case.name} {operation} ({time.perf_counter() - begin:.0f} s)", flush=True)
-            for row in found:
-                time_ms = "" if row.ms is None else f"{row.ms:10.3f} ms"
-                print(f"  {row.peer:38}{time_ms}{row.reason or ''}", flush=True)
-    settings = {
-        "seconds": seconds,
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
-    }
-    threads = str(torch.get_num_threads())
-    return Report(machine.describe(device), settings, {threads: rates}, rows)
+        report.rows.extend(found)
+        keep(report)
+        print(f"\n{case.name} {operation} ({time.perf_counter() - begin:.0f} s)", flush=True)
+        for row in found:
+            time_ms = "" if row.ms is None else f"{row.ms:10.3f} ms"
+            print(f"  {row.peer:38}{time_ms}{row.reason or ''}", flush=True)
+    return report
 
 
 def run_apart(arguments: Sequence[str], threads: int) -> Report:
@@ -190,7 +194,8 @@ def main() -> None:
     if len(args.threads) == 1:
         use_threads(args.threads[0])
         chosen = selection(args.case, args.operation, args.device)
-        report = run(chosen, args.peer or list(PEERS), args.seconds, args.device)
+        peers = args.peer or list(PEERS)
+        report = run(chosen, peers, args.seconds, args.device, lambda part: part.write(output))
     else:
         common = ["--device", args.device, "--seconds", str(args.seconds)]
         for flag in ("case", "operation", "peer"):

@@ -26,7 +26,7 @@ FACTORS = (1, 4, 16, 64)
 AXES: dict[str, Callable[[int], Case]] = {
     "batch": lambda k: replace(BASE, batch=BASE.batch * k),
     "width": lambda k: replace(BASE, hidden=tuple(n * k for n in BASE.hidden)),
-    "depth": lambda k: replace(BASE, hidden=BASE.hidden[:1] * k),
+    "depth": lambda k: replace(BASE, hidden=BASE.hidden * k),
     "steps": lambda k: replace(BASE, steps=(BASE.steps or 1) * k),
 }
 VALUES: dict[str, Callable[[Case], int]] = {

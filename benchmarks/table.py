@@ -17,16 +17,21 @@ START, END = "<!-- benchmark table: python -m benchmarks.table -->", "<!-- end o
 
 
 def summary(report: Report, operation: str = "gradient", threads: int = 1) -> str:
-    """Times of one operation: a row for each peer, a column for each case, the best in bold."""
+    """Times of one operation: a row for each peer, a column for each case, the best in bold.
+
+    Two more columns give the error and the peak memory in the first case.
+    """
     rows = [r for r in report.rows if r.operation == operation and r.threads == threads]
     cases = [name for name in CASES if any(r.case == name and r.ms for r in rows)]
     peers = [name for name in PEERS if any(r.peer == name and r.ms for r in rows)]
     best = {
         case: min((r.ms for r in rows if r.case == case and r.ms), default=None) for case in cases
     }
+    first = cases[0] if cases else ""
+    columns = [*cases, f"error, {first}", f"peak MB, {first}"]
     lines = [
-        f"| {OPERATIONS[operation]}, ms | {' | '.join(cases)} |",
-        "|---|" + "---|" * len(cases),
+        f"| {OPERATIONS[operation]}, ms | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
     ]
     for peer in peers:
         cells = []
@@ -37,6 +42,7 @@ def summary(report: Report, operation: str = "gradient", threads: int = 1) -> st
             else:
                 text = short(row.ms)
                 cells.append(f"**{text}**" if row.ms == best[case] else text)
+        cells += _error_and_memory(report.find(first, operation, peer, threads))
         lines.append(f"| {peer} | {' | '.join(cells)} |")
     ours = [name for name in peers if name.startswith("fmft_fast")]
     if ours and BASELINE in peers:
@@ -45,8 +51,21 @@ def summary(report: Report, operation: str = "gradient", threads: int = 1) -> st
             gains = (report.speedup(case, operation, name, threads) for name in ours)
             best_gain = max((gain for gain in gains if gain), default=None)
             cells.append("-" if best_gain is None else f"{short(best_gain)}x")
-        lines.append(f"| best of fmft_fast against {BASELINE} | {' | '.join(cells)} |")
+        lines.append(f"| best of fmft_fast against {BASELINE} | {' | '.join([*cells, '', ''])} |")
     return "\n".join(lines)
+
+
+def _error_and_memory(row: Row | None) -> list[str]:
+    if row is None or row.ms is None:
+        return ["", ""]
+    memory = "" if row.peak_bytes is None else short(row.peak_bytes / 1e6)
+    return [f"{_error(row):.0e}", memory]
+
+
+def _error(row: Row) -> float:
+    """The error that says most: of the gradient, of the optimiser's step, or of the value."""
+    errors = (row.gradient_error, row.update_error, row.value_error)
+    return next((error for error in errors if error is not None), 0.0)
 
 
 OPERATIONS = {
@@ -66,7 +85,8 @@ def readme(report: Report) -> str:
     shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "jax") if versions[name])
     source = (
         f"{device} ({report.machine['class']}), one thread, float32, {shown}, "
-        f"{report.machine['date'][:10]}. {titles}."
+        f"{report.machine['date'][:10]}; errors are relative to float64, memory is the peak above "
+        f"what was there before. {titles}."
     )
     return f"{summary(report)}\n\n{source}"
 
@@ -116,15 +136,13 @@ def _line(report: Report, row: Row) -> str:
     if row.ms is None:
         return f"{start}| {row.reason} | | | | | | | | | |"
     gain = report.speedup(row.case, row.operation, row.peer, row.threads)
-    errors = (row.gradient_error, row.update_error, row.value_error)
-    error = next((e for e in errors if e is not None), 0.0)
     memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.2f}"
     cells = (
         f"{row.ms:.3f} ({row.ms_20:.3f} / {row.ms_80:.3f})",
         row.runs,
         f"{row.cores:.1f}",
         "" if gain is None else f"{gain:.2f}",
-        f"{error:.0e}",
+        f"{_error(row):.0e}",
         row.evaluations or "",
         memory,
         f"{row.gflops:.1f}",

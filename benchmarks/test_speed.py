@@ -39,7 +39,7 @@ def test_speed(benchmark, case: Case, operation: Operation, peer: str) -> None:
     torch.set_num_threads(1)
     torch._dynamo.reset()
     benchmark.group = f"{case.name} {operation}"
-    call, found = prepare(case, operation, peer, reference_of(case), DEVICE)
+    call, found = prepare(case, operation, peer, reference_of(case, DEVICE), DEVICE)
     if call is None:
         reason = found["reason"]
         (pytest.fail if reason.startswith(("wrong", "failed")) else pytest.skip)(reason)
