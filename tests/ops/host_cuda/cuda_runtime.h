@@ -146,7 +146,7 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
 
-// A device of two multiprocessors; FMFT_HOST_SHARED is the shared memory of a block in bytes.
+// A device of two multiprocessors, with the shared memory of an H200.
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -154,8 +154,7 @@ enum cudaFuncAttribute {
 };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  const char* bytes = std::getenv("FMFT_HOST_SHARED");
-  *value = which == cudaDevAttrMultiProcessorCount ? 2 : bytes ? std::atoi(bytes) : 232448;
+  *value = which == cudaDevAttrMultiProcessorCount ? 2 : 232448;
   return cudaSuccess;
 }
 template <class Kernel>
