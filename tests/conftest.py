@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+from fmft_fast import fused
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,3 +34,10 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def step_by_step() -> Iterator[None]:
+    """Keep whole-trajectory kernels out of a test of the single steps."""
+    with fused("off"):
+        yield

@@ -1,4 +1,4 @@
-"""Imports go one way: cli, tasks, train, flow / fields / analysis, solvers, fusion, ops, kernels."""
+"""Imports go one way: cli, tasks, train, flow and its like, solvers, fusion, ops, kernels."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ from .inputs import NormalisedField, Problem, State, normalise
 from .multistep import AdamsStepper
 from .scipy_bridge import integrate_with_scipy
 from .stats import SolveStats, report
+from .whole_solve import integrate_fused
 
 
 def odeint(
@@ -123,8 +124,12 @@ def integrate(problem: Problem) -> Tensor:
         )
         _report(problem, 0)
     else:
-        solution, grid = integrate_fixed(problem, lambda: make_stepper(problem), problem.options)
-        _report(problem, len(grid.h), grid.h[-1])
+        solution = integrate_fused(problem)
+        if solution is None:
+            solution, grid = integrate_fixed(
+                problem, lambda: make_stepper(problem), problem.options
+            )
+            _report(problem, len(grid.h), grid.h[-1])
     return solution
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ..ops.capture import is_capturing
 
 _enabled: ContextVar[bool | None] = ContextVar("cuda_graphs", default=None)
 
@@ -32,15 +35,20 @@ class Recorder(Protocol):
     """What records: CUDA graphs, or in tests a double that runs the function again."""
 
     def record(
-        self, work: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
+        self,
+        work: Callable[[], Sequence[Tensor]],
+        generators: Sequence[torch.Generator] = (),
+        *,
+        rehearse: bool = True,
     ) -> Recorded:
         """Record `work`, which reads and writes memory that stays where it is.
 
-        It runs a few times before; what it returns is read after every replay.
+        What it returns is read after every replay.
 
         Args:
             work: takes no arguments, never waits for the device.
             generators: sources of random numbers, besides torch's own, that advance with replays.
+            rehearse: run the work a few times before; else that has been done, on this stream.
 
         Raises:
             CaptureError: it cannot be recorded.
@@ -73,11 +81,6 @@ def graphs_allowed() -> bool:
     return os.environ.get("FMFT_CUDA_GRAPHS", "1") != "0" if chosen is None else chosen
 
 
-def is_capturing() -> bool:
-    """Whether somebody is recording the present stream."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def find_recorder(device: torch.device) -> Recorder | None:
     """The recorder of a device, if it has one and may be used."""
     if device.type != "cuda" or not graphs_allowed() or is_capturing():
@@ -94,18 +97,25 @@ class CudaRecorder:
         self.device = device
 
     def record(
-        self, work: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
+        self,
+        work: Callable[[], Sequence[Tensor]],
+        generators: Sequence[torch.Generator] = (),
+        *,
+        rehearse: bool = True,
     ) -> Recorded:
         """See `Recorder`."""
         with torch.cuda.device(self.device):
             before = torch.cuda.current_stream()
-            stream = torch.cuda.Stream()
+            # What was rehearsed on a stream is recorded there; the default one cannot be.
+            own = rehearse or before == torch.cuda.default_stream()
+            stream = torch.cuda.Stream() if own else before
             stream.wait_stream(before)
             graph = torch.cuda.CUDAGraph()
             for generator in generators:
                 graph.register_generator_state(generator)
             try:
-                self._warm_up(work, stream)
+                if rehearse:
+                    self._warm_up(work, stream)
                 # Other threads, such as a loader that pins memory, may go on meanwhile.
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     outputs = work()
@@ -148,6 +158,31 @@ class _CudaGraph:
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+@contextmanager
+def watch_waits(device: torch.device) -> Iterator[list[str]]:
+    """Collect what torch says about waits for a device inside; elsewhere there are none."""
+    waits: list[str] = []
+    if device.type != "cuda":
+        yield waits
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in caught:
+        text = str(warning.message)
+        if "synchronizing" in text:
+            waits.append(text.splitlines()[0])
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 def _reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GradientError
-from .recorder import is_capturing
+from ..ops.capture import is_capturing
 
 _REMEDY = 'Use gradient="backprop", or put the field in eval() mode'
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GradientError, InputError, InputTypeError, NonFiniteError
+from ..fusion import NotFusable
 from ..ops.backend import choose_kernels
+from ..ops.capture import place
 from ..ops.contract import is_traced, is_transformed
 from .accepted_steps import find_accepted_steps
 from .adaptive import AdaptiveSolver
@@ -25,6 +27,7 @@ from .methods import find_method
 from .replay import KnownTensors
 from .stats import SolveStats, record_stats, report
 from .tableau import Tableau
+from .whole_solve import find_route, is_finite, make_program, route_or_none
 
 Gradient = Literal["discrete", "continuous", "backprop", "none"]
 GRADIENTS = ("discrete", "continuous", "backprop", "none")
@@ -224,6 +227,10 @@ class SolveRequest:
             x = x.clone()  # an inference tensor cannot be kept for the backward pass
         kernels = choose_kernels(x, self.backend)
         tableau, grid = self.tableau.advancing, make_grid(self.t0, self.t1, self.steps)
+        if not compiling:
+            fused = self._in_one_call(tableau, x, grid)
+            if fused is not None:
+                return fused
         known, control = None, None
         if self.adaptive:
             problem = normalise(
@@ -273,11 +280,49 @@ class SolveRequest:
             return Solution(y.to(dtype), t, self._report(plan, control, grid))
         return Solution(y.to(dtype), t, SolveStats(self.method, 0, len(plan.h)))
 
+    def obstacle(self, grid: Tensor) -> str | None:
+        """What of the call, apart from the field, stands in the way of one kernel call."""
+        if self.adaptive:
+            return "the steps are adaptive"
+        if self.table is not None:
+            return "a time table is given"
+        if self.checkpoint_every:
+            return "checkpoint_every is given"
+        if torch.is_grad_enabled() and grid.requires_grad:
+            return "the times require grad"
+        return None
+
+    def _in_one_call(self, tableau: Tableau, x: Tensor, grid: Tensor) -> Solution | None:
+        """The solution by whole-trajectory kernels; None if they do not take it."""
+        reason = self.obstacle(grid)
+        found = (
+            find_route(self.field, self.x0, tableau.stages, self.backend, self.cond)
+            if reason is None
+            else NotFusable(reason)
+        )
+        route = route_or_none(found)
+        if route is None:
+            return None
+        steps = len(grid) - 1
+        wanted = tuple(range(steps + 1)) if self.save == "all" else (steps,)
+        program = make_program(
+            route.plan.network, tableau, grid.tolist(), grid.dtype, x.dtype, wanted
+        )
+        with torch.set_grad_enabled(self.keeps_graph):
+            y = route.solve(program, x, low_memory=self.gradient == "discrete")
+        y = y if self.save == "all" else y[0]
+        if y.device.type == "cpu" and not is_finite(y):
+            return None  # the single steps find out where
+        last = abs(float(program.h[-1]))
+        stats = SolveStats(self.method, steps * program.stages, steps, 0, last)
+        report(stats)
+        return Solution(y, grid, stats)
+
     def _time_rows(self, tableau: Tableau, grid: Tensor) -> Tensor:
         """[N, s, ...]: what the field gets as t."""
         if self.table is None:
             real = real_dtype(self.x0.dtype)
-            return stage_times(tableau, grid, real).to(self.x0.device, non_blocking=True)
+            return place(stage_times(tableau, grid, real), self.x0.device)
         expected = (len(grid) - 1, tableau.stages)
         if tuple(self.table.shape[:2]) != expected:
             raise InputError(

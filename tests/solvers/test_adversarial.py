@@ -137,6 +137,7 @@ def adaptive_noise(w):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.parametrize(
     "make",
     (late_branch, second_chunk, computed_from_known, computed_before, continuous_closure,

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from fmft_fast import odeint, solve, stage_time_table
 from fmft_fast.errors import GradientError, InputError, NonFiniteError
 
+pytestmark = pytest.mark.usefixtures("step_by_step")
+
 EXPLICIT = ("euler", "midpoint", "heun2", "heun3", "rk4", "bosh3", "dopri5", "tsit5", "dopri8")
 ADAPTIVE = ("dopri5", "tsit5", "bosh3", "dopri8", "fehlberg2", "adaptive_heun")
 

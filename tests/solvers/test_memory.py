@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from benchmarks.measure import peak_bytes
 from fmft_fast import solve
 
+pytestmark = pytest.mark.usefixtures("step_by_step")
+
 BATCH, DIM, WIDTH = 256, 2, 1024
 
 
