@@ -86,14 +86,14 @@ def losses(got: Ratios, expected: Ratios | None) -> list[Loss]:
 
 
 def committed(machine_class: str, folder: Path = results.FOLDER) -> Report | None:
-    """The newest results of this class of machines."""
+    """The newest results of this class of machines that are no trial on a busy one."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
             report = results.read(path)
         except (ValueError, KeyError, TypeError):
             continue  # other results lie there, too
-        if report.machine["class"] == machine_class:
+        if report.machine["class"] == machine_class and not report.busy:
             found.append(report)
     return max(found, key=lambda report: report.machine["date"], default=None)
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .peers import BASELINE
@@ -86,6 +87,12 @@ class Report:
         if ours is None or theirs is None or ours.ms is None or theirs.ms is None:
             return None
         return theirs.ms / ours.ms
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work took more than a tenth of the time of a thread: only a trial, then."""
+        shares = [row.cores for row in self.rows if row.cores is not None and row.threads == 1]
+        return self.machine["device"] == "cpu" and bool(shares) and median(shares) < 0.9
 
     def write(self, path: Path) -> None:
         """Write as JSON."""

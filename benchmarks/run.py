@@ -141,10 +141,9 @@ def run(
     What is found so far goes to `keep` after every operation.
     """
     rates = {"gemm": measure.gemm_rate(device), "copy": measure.copy_rate(device)}
-    command = " ".join(["python -m benchmarks.run", *sys.argv[1:]])
     report = Report(
         machine.describe(device),
-        {"seconds": seconds, "command": command},
+        {"seconds": seconds},
         {str(torch.get_num_threads()): rates},
         [],
     )
@@ -202,8 +201,11 @@ def main() -> None:
             for name in getattr(args, flag) or ():
                 common += [f"--{flag}", name]
         report = results.merge(run_apart(common, threads) for threads in args.threads)
+    report.settings["command"] = " ".join(["python -m benchmarks.run", *sys.argv[1:]])
     report.settings["total_seconds"] = round(time.perf_counter() - start)
     report.write(output)
+    if report.busy:
+        print("\nOther work took time from this process: measure again on an idle machine.")
     print(f"\nwritten to {output} after {report.settings['total_seconds']} s")
     if not args.no_pictures:
         from . import plots, table

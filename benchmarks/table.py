@@ -6,6 +6,7 @@ The README's table is this table: --update rewrites what stands between its two 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from . import results
@@ -19,13 +20,16 @@ START, END = "<!-- benchmark table: python -m benchmarks.table -->", "<!-- end o
 def summary(report: Report, operation: str = "gradient", threads: int = 1) -> str:
     """Times of one operation: a row for each peer, a column for each case, the best in bold.
 
+    Peers with an approximate gradient are not compared.
     Two more columns give the error and the peak memory in the first case.
     """
     rows = [r for r in report.rows if r.operation == operation and r.threads == threads]
     cases = [name for name in CASES if any(r.case == name and r.ms for r in rows)]
     peers = [name for name in PEERS if any(r.peer == name and r.ms for r in rows)]
+    exact = [name for name in peers if not PEERS[name].approximate]
     best = {
-        case: min((r.ms for r in rows if r.case == case and r.ms), default=None) for case in cases
+        case: min((r.ms for r in rows if r.case == case and r.ms and r.peer in exact), default=None)
+        for case in cases
     }
     first = cases[0] if cases else ""
     columns = [*cases, f"error, {first}", f"peak MB, {first}"]
@@ -44,7 +48,7 @@ def summary(report: Report, operation: str = "gradient", threads: int = 1) -> st
                 cells.append(f"**{text}**" if row.ms == best[case] else text)
         cells += _error_and_memory(report.find(first, operation, peer, threads))
         lines.append(f"| {peer} | {' | '.join(cells)} |")
-    ours = [name for name in peers if name.startswith("fmft_fast")]
+    ours = [name for name in exact if name.startswith("fmft_fast")]
     if ours and BASELINE in peers:
         cells = []
         for case in cases:
@@ -68,6 +72,7 @@ def _error(row: Row) -> float:
     return next((error for error in errors if error is not None), 0.0)
 
 
+BUSY = " **A trial: the machine was busy with other work.**"
 OPERATIONS = {
     "forward": "forward",
     "gradient": "forward + backward",
@@ -88,6 +93,7 @@ def readme(report: Report) -> str:
         f"{report.machine['date'][:10]}; errors are relative to float64, memory is the peak above "
         f"what was there before. {titles}."
     )
+    source = textwrap.fill(f"{source}{BUSY if report.busy else ''}", 105)
     return f"{summary(report)}\n\n{source}"
 
 
@@ -105,6 +111,7 @@ def full(report: Report) -> str:
             f"With {threads} thread(s): best torch.mm {rates['gemm'] / 1e9:.0f} GFLOP/s, "
             f"copy {rates['copy'] / 1e9:.1f} GB/s."
         )
+    lines += [BUSY] * report.busy
     lines += ["", "Cases:", ""]
     lines += [f"- {n}: {CASES[n].title}" for n in CASES if any(r.case == n for r in report.rows)]
     lines += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def row(case, operation, peer, ms=None, reason=None, threads=1):
 def make_report(ours=1.0, machine_class="amd AVX512", date="2026-01-02T00:00:00Z"):
     machine = {
         "class": machine_class,
+        "device": "cpu",
         "cpu": {"model": "A CPU"},
         "gpu": None,
         "packages": {"torch": "2.13.0", "jax": None},
@@ -80,6 +82,14 @@ def test_the_summary_marks_the_best_and_what_is_missing():
     assert "| small | gradient | jax | 1 | not installed" in full
 
 
+def test_results_of_a_busy_machine_are_marked_as_a_trial():
+    report = make_report()
+    assert not report.busy and "A trial" not in table.readme(report)
+    starved = [dataclasses.replace(row, cores=0.4) for row in report.rows]
+    report = dataclasses.replace(report, rows=starved)
+    assert report.busy and "A trial" in table.readme(report) and "A trial" in table.full(report)
+
+
 def test_the_table_in_a_text_is_replaced():
     text = f"before\n{table.START}\nold\n{table.END}\nafter\n"
     assert table.update(text, "new") == f"before\n{table.START}\n\nnew\n\n{table.END}\nafter\n"
@@ -129,6 +139,10 @@ def test_the_gate_takes_the_newest_results_of_its_class(tmp_path):
     (tmp_path / "e.json").write_text("{}")
     found = gate.committed("amd AVX512", tmp_path)
     assert found is not None and found.rows == make_report(ours=0.5).rows
+    assert gate.committed("arm NEON", tmp_path) is None
+    trial = make_report(machine_class="arm NEON")
+    trial.rows[:] = [dataclasses.replace(row, cores=0.4) for row in trial.rows]
+    trial.write(tmp_path / "f.json")
     assert gate.committed("arm NEON", tmp_path) is None
 
 
