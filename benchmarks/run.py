@@ -28,7 +28,7 @@ from .cases import CASES, OPERATIONS, Case, Operation, Problem
 from .peers import PEERS, Call, NotApplicable, Peer
 from .results import Report, Row
 
-SECONDS = 0.4
+SECONDS = 0.25
 
 
 reference_of = functools.cache(check.Reference)
