@@ -75,6 +75,7 @@ def add_product(
     n = tl.arange(0, PN)[:, None]
     k = tl.arange(0, PK)[None, :]
     inside = (n < N) & (k < K)
+    tl.debug_barrier()  # another thread may have stored what this one loads
     total = tl.load(p + n * STRIDE + k, mask=inside, other=0.0)
     total = tl.dot(tl.trans(x), y, acc=total, input_precision=PRECISION)
     tl.store(p + n * STRIDE + k, total, mask=inside)
@@ -98,6 +99,7 @@ def put_vector(p, x, N: tl.constexpr, STRIDE: tl.constexpr, PN: tl.constexpr):
 def add_vector(p, x, N: tl.constexpr, PN: tl.constexpr):
     """Add the part [N] of a tile [PN] to a vector that only this program uses."""
     n = tl.arange(0, PN)
+    tl.debug_barrier()  # another thread may have stored what this one loads
     before = tl.load(p + n, mask=n < N, other=0.0)
     tl.store(p + n, before + x, mask=n < N)
 

@@ -7,12 +7,13 @@ inputs of the stages, and every program adds up its own part of the gradients, w
 fixed order afterwards: results are the same from run to run.
 
 Precision follows `torch.get_float32_matmul_precision()`: "highest" multiplies in float32, "high" on
-tensor cores with three products in TF32, "medium" with one. State and sums are in float32.
+tensor cores with three products in TF32, "medium" with one, both for layers of width 64 at most.
+State and sums are in float32.
 
-Launch configurations (samples of a program, warps, pipeline stages) are pinned in `CONFIGS`, the
-first of a list being the default. With FMFT_TRITON_AUTOTUNE=1 the list of a kind of solve is timed
-once and the fastest remembered in fmft_fast/triton.json in the user's cache folder
-($XDG_CACHE_HOME, else ~/.cache), by device, version of Triton, and the sizes of the solve.
+Launch configurations (samples of a program, warps, columns of a tile, pipeline stages) are pinned
+in `CONFIGS`, the first of a list being the default. With FMFT_TRITON_AUTOTUNE=1 the list is timed
+once for a kind of solve and the fastest remembered in fmft_fast/triton.json in the user's cache
+folder ($XDG_CACHE_HOME, else ~/.cache), by device, version of Triton, and the sizes of the solve.
 """
 
 from __future__ import annotations
@@ -60,16 +61,23 @@ class Config:
     pipeline: int = 1
 
 
-# By direction and widest padded layer.
+# By direction, precision of `tl.dot` and widest padded layer. Small blocks keep the products in
+# float32 out of local memory; on tensor cores 64 rows are what a warp group multiplies at once.
 CONFIGS = {
-    ("forward", 16): (Config(32, 2), Config(16, 1), Config(64, 4)),
-    ("forward", 32): (Config(32, 2), Config(16, 1), Config(64, 4)),
-    ("forward", 64): (Config(32, 4), Config(16, 2), Config(64, 4), Config(64, 8)),
-    ("forward", 128): (Config(32, 4), Config(16, 4), Config(64, 8)),
-    ("backward", 16): (Config(32, 2), Config(16, 1), Config(64, 4)),
-    ("backward", 32): (Config(32, 4), Config(16, 2), Config(64, 4)),
-    ("backward", 64): (Config(32, 8), Config(16, 4), Config(64, 8)),
-    ("backward", 128): (Config(16, 8), Config(32, 8), Config(32, 16)),
+    ("forward", "ieee", 32): (Config(32, 4), Config(16, 4), Config(64, 4)),
+    ("forward", "ieee", 64): (Config(16, 8), Config(64, 8)),
+    ("forward", "ieee", 128): (Config(16, 8), Config(64, 8)),
+    ("forward", "tf32x3", 32): (Config(32, 2), Config(64, 4)),
+    ("forward", "tf32x3", 64): (Config(64, 4), Config(32, 2, 32)),
+    ("forward", "tf32", 32): (Config(32, 2), Config(64, 4)),
+    ("forward", "tf32", 64): (Config(64, 4), Config(32, 2), Config(32, 2, 32)),
+    ("backward", "ieee", 32): (Config(16, 4), Config(32, 4)),
+    ("backward", "ieee", 64): (Config(16, 8), Config(32, 8, 32)),
+    ("backward", "ieee", 128): (Config(16, 8),),
+    ("backward", "tf32x3", 32): (Config(32, 2), Config(64, 4)),
+    ("backward", "tf32x3", 64): (Config(64, 4), Config(32, 4, 32)),
+    ("backward", "tf32", 32): (Config(32, 2), Config(64, 4)),
+    ("backward", "tf32", 64): (Config(32, 4), Config(64, 4)),
 }
 # The numbers of solves that CUDA graphs have captured.
 CAPTURED: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
@@ -116,7 +124,7 @@ class TritonTrajectory:
             grid = (triton.cdiv(batch, config.block),)
             kernel = forward_kernel(program.network, shapes, program.stages, config.tile)
             arguments = (out, kept, y0, *numbers, batch, program.steps, int(keeps))
-            kernel[grid](*arguments, *tensors, **_options(config, y0.device))
+            kernel[grid](*arguments, *tensors, **_options(config, program.network))
 
         with torch.cuda.device_of(y0):
             launch(_config("forward", program, y0, launch))
@@ -155,7 +163,7 @@ class TritonTrajectory:
                     program.network, shapes, program.stages, config.tile, wants
                 )
                 first = (grad_y0, partials, grad, kept, *numbers, y0.shape[0], program.steps)
-                kernel[programs,](*first, *written, *tensors, **_options(config, y0.device))
+                kernel[programs,](*first, *written, *tensors, **_options(config, program.network))
 
             with torch.cuda.device_of(y0):
                 launch(_config("backward", program, y0, launch))
@@ -252,17 +260,22 @@ def _copied(
     )
 
 
-def _precision(device: torch.device) -> str:
+def _precision(network: Network) -> str:
     """What `tl.dot` does with float32."""
-    if torch.version.hip is not None:
+    # Wide layers on tensor cores need more registers than there are.
+    if torch.version.hip is not None or _widest(network) > 64:
         return "ieee"
     return PRECISIONS[torch.get_float32_matmul_precision()]
 
 
-def _options(config: Config, device: torch.device) -> dict[str, Any]:
+def _widest(network: Network) -> int:
+    return max(padded(network.width(i)) for i in range(len(network.layers) + 1))
+
+
+def _options(config: Config, network: Network) -> dict[str, Any]:
     return {
         "BLOCK": config.block,
-        "PRECISION": _precision(device),
+        "PRECISION": _precision(network),
         "num_warps": config.warps,
         "num_stages": config.pipeline,
         "enable_fp_fusion": True,
@@ -278,8 +291,7 @@ def _most_programs(device: torch.device) -> int:
 
 def configs(direction: str, network: Network) -> tuple[Config, ...]:
     """The launch configurations of a network, the default first."""
-    widest = max(padded(network.width(i)) for i in range(len(network.layers) + 1))
-    return CONFIGS[direction, widest]
+    return CONFIGS[direction, _precision(network), max(32, _widest(network))]
 
 
 def _config(
@@ -293,7 +305,7 @@ def _config(
     sizes = [padded(network.width(i)) for i in range(len(network.layers) + 1)]
     device = torch.cuda.get_device_name(y0.device)
     kind = f"{direction} {sizes} {program.stages} {triton.next_power_of_2(y0.shape[0])}"
-    key = f"{device}, triton {triton.__version__}, {_precision(y0.device)}, {kind}"
+    key = f"{device}, triton {triton.__version__}, {_precision(network)}, {kind}"
     winners = _remembered()
     if key not in winners:
         if torch.cuda.is_current_stream_capturing():
