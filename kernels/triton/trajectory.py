@@ -7,8 +7,8 @@ inputs of the stages, and every program adds up its own part of the gradients, w
 fixed order afterwards: results are the same from run to run.
 
 Precision follows `torch.get_float32_matmul_precision()`: "highest" multiplies in float32, "high" on
-tensor cores with three products in TF32, "medium" with one, both for layers of width 64 at most.
-State and sums are in float32.
+tensor cores with three products in TF32, up to width 64, "medium" with one. State and sums are in
+float32.
 
 Launch configurations (samples of a program, warps, columns of a tile, pipeline stages) are pinned
 in `CONFIGS`, the first of a list being the default. With FMFT_TRITON_AUTOTUNE=1 the list is timed
@@ -71,6 +71,7 @@ CONFIGS = {
     ("forward", "tf32x3", 64): (Config(64, 4), Config(32, 2, 32)),
     ("forward", "tf32", 32): (Config(32, 2), Config(64, 4)),
     ("forward", "tf32", 64): (Config(64, 4), Config(32, 2), Config(32, 2, 32)),
+    ("forward", "tf32", 128): (Config(64, 8), Config(64, 4)),
     ("backward", "ieee", 32): (Config(16, 4), Config(32, 4)),
     ("backward", "ieee", 64): (Config(16, 8), Config(32, 8, 32)),
     ("backward", "ieee", 128): (Config(16, 8),),
@@ -78,6 +79,7 @@ CONFIGS = {
     ("backward", "tf32x3", 64): (Config(64, 4), Config(32, 4, 32)),
     ("backward", "tf32", 32): (Config(32, 2), Config(64, 4)),
     ("backward", "tf32", 64): (Config(32, 4), Config(64, 4)),
+    ("backward", "tf32", 128): (Config(64, 8), Config(32, 8)),
 }
 # The numbers of solves that CUDA graphs have captured.
 CAPTURED: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
@@ -262,10 +264,10 @@ def _copied(
 
 def _precision(network: Network) -> str:
     """What `tl.dot` does with float32."""
-    # Wide layers on tensor cores need more registers than there are.
-    if torch.version.hip is not None or _widest(network) > 64:
-        return "ieee"
-    return PRECISIONS[torch.get_float32_matmul_precision()]
+    found = PRECISIONS[torch.get_float32_matmul_precision()]
+    # The three products of wide layers need more registers than there are.
+    too_wide = found == "tf32x3" and _widest(network) > 64
+    return "ieee" if too_wide or torch.version.hip is not None else found
 
 
 def _widest(network: Network) -> int:
