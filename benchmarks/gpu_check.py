@@ -94,7 +94,8 @@ def main() -> int:
         suite = time_suite(
             options.case or TIMED, options.peer, options.seconds, options.device, clock
         )
-        suite.write(options.output.with_name(f"{options.device}-suite.json"))
+        if options.device == "cuda":
+            suite.write(options.output.with_name("cuda-suite.json"))
         report["suite"] = asdict(suite)
     report["clocks_after"] = machine.clocks()
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,10 +134,10 @@ def time_suite(
             shown = reason if row is None else row.reason or f"{1e3 * (row.ms or 0):.1f} us"
             print(f"{key[0]:8}{key[1]:10}{peer:38}{shown}", flush=True)
     if not parts:
-        empty = Report(machine.describe(device), {}, {}, [])
-        return Report(empty.machine, {}, {}, missing)
+        return Report(machine.describe(device), {}, {}, missing)
     merged = results.merge(parts)
-    return Report(merged.machine, merged.settings, merged.rates, [*merged.rows, *missing])
+    settings = {"seconds": seconds, "command": "python -m benchmarks.gpu_check"}
+    return Report(merged.machine, settings, merged.rates, [*merged.rows, *missing])
 
 
 def time_peer(

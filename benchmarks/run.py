@@ -117,10 +117,12 @@ def time_peers(
     bound = max(flops / rates["gemm"], size / rates["copy"])
     for peer, found in times.items():
         rate = flops / (found.ms / 1e3)
-        in_torch = PEERS[peer].kind != "jax"
+        # What JAX and replayed graphs hold, torch's allocator does not see come and go.
+        seen = ("eager",) if device == "cuda" else ("eager", "traced")
+        visible = PEERS[peer].kind in seen
         rows[peer] |= {
             **asdict(found),
-            "peak_bytes": measure.peak_memory(calls[peer], device) if in_torch else None,
+            "peak_bytes": measure.peak_memory(calls[peer], device) if visible else None,
             "gflops": rate / 1e9,
             "gemm_share": rate / rates["gemm"],
             "roofline_share": bound / (found.ms / 1e3),
