@@ -71,6 +71,7 @@ class Solve:
         field: Field,
         method: Method,
         type: int,
+        shared: bool,
         threads: int,
         batch: int,
         steps: int,
@@ -89,6 +90,19 @@ class Solve:
 class Kept: ...
 
 def trajectory_forward(solve: Solve, keep: int, out: int, /) -> Kept: ...
+def trajectory_adaptive(
+    solve: Solve,
+    c: Sequence[float],
+    b_err: Sequence[float],
+    dense: Sequence[float],
+    order: int,
+    control: Sequence[float],
+    max_num_steps: int,
+    t: Sequence[float],
+    keep: int,
+    out: int,
+    /,
+) -> tuple[int, list[float], list[float], list[int], list[float], int, int, Kept]: ...
 def trajectory_backward(
     solve: Solve,
     kept: Kept,

@@ -82,7 +82,8 @@ inline cpu::Method make_method(const std::vector<Numbers>& a, const Numbers& b) 
 
 // The tensors of a solve: y0, then parameters with their leading dimensions, tables, conds.
 inline cpu::Solve make_solve(const cpu::Field& field, const cpu::Method& method, int type,
-                             int threads, int64_t batch, int64_t steps, Address times, Address h,
+                             bool shared, int threads, int64_t batch, int64_t steps, Address times,
+                             Address h,
                              std::vector<int64_t> outputs, Address weights, Address y0,
                              const Addresses& parameters, std::vector<int64_t> leading,
                              const Addresses& tables, const Addresses& conds) {
@@ -90,6 +91,7 @@ inline cpu::Solve make_solve(const cpu::Field& field, const cpu::Method& method,
   solve.field = &field;
   solve.method = &method;
   solve.type = number_type(type);
+  solve.shared = shared;
   solve.threads = threads;
   solve.batch = batch;
   solve.steps = steps;
@@ -105,6 +107,25 @@ inline cpu::Solve make_solve(const cpu::Field& field, const cpu::Method& method,
   return solve;
 }
 
+// (outcome, times, steps, outputs, their weights, rejected steps, evaluations, kept)
+inline py::tuple solve_adaptively(const cpu::Solve& solve, const Numbers& c, const Numbers& b_err,
+                                  const Numbers& dense, int order, const Numbers& control,
+                                  int64_t max_num_steps, const Numbers& t, int keep, Address out) {
+  if (control.size() != 8)
+    throw std::invalid_argument("expected 8 numbers of step control, got " +
+                                std::to_string(control.size()));
+  const cpu::Control numbers{control[0], control[1],    control[2], control[3], control[4],
+                             control[5], control[6], max_num_steps, control[7]};
+  cpu::Steps steps;
+  {
+    py::gil_scoped_release release;
+    steps = cpu::trajectory_adaptive(solve, c, b_err, dense, order, numbers, t,
+                                     static_cast<cpu::Keep>(keep), pointer(out));
+  }
+  return py::make_tuple(static_cast<int>(steps.outcome), steps.times, steps.h, steps.outputs,
+                        steps.weights, steps.rejected, steps.evaluations, std::move(steps.kept));
+}
+
 inline void bind_trajectories(py::module_& module) {
   py::class_<cpu::Field>(module, "Field").def(py::init(&make_field));
   py::class_<cpu::Method>(module, "Method").def(py::init(&make_method));
@@ -115,6 +136,7 @@ inline void bind_trajectories(py::module_& module) {
     py::gil_scoped_release release;
     return cpu::trajectory_forward(solve, static_cast<cpu::Keep>(keep), pointer(out));
   });
+  module.def("trajectory_adaptive", &solve_adaptively);
   module.def("trajectory_backward",
              [](const cpu::Solve& solve, const cpu::Kept& kept, Address grad, Address y0,
                 const Addresses& parameters, std::vector<int64_t> rows,

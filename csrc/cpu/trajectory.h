@@ -59,8 +59,11 @@ struct Job {
   int64_t batch = 0, tile_rows = 0;
   int64_t steps = 0;
   int stages = 0;
+  // The last stage of a step is the first of the next one: its values and deltas lie there, and the
+  // slot after the last step holds that of the last step.
+  bool shared = false;
   const double *a = nullptr, *b = nullptr, *times = nullptr, *h = nullptr;
-  const uint8_t* live = nullptr;  // [steps, stages]: whether anything reads the stage
+  const uint8_t* live = nullptr;  // of every slot: whether anything reads the stage
   int64_t outputs = 0;
   const int64_t* output_at = nullptr;
   const double* weights = nullptr;
@@ -88,6 +91,19 @@ struct Job {
 struct TileMemory {
   int64_t first = 0, rows = 0;
   void *kept = nullptr, *scratch = nullptr, *gradients = nullptr;
+  void* state = nullptr;  // what an adaptive solve carries from step to step
+};
+
+// A step of an adaptive solve. In the tile's state lie matrices [rows, ld] of the state's width:
+// y, the next y, and the stages.
+struct Attempt {
+  int64_t step = 0;     // number of the step
+  double h = 0;         // signed
+  const double* times = nullptr;  // [stages]
+  const double* b_err = nullptr;
+  double rtol = 0, atol = 0;
+  int y = 0, next = 1;  // numbers of the matrices
+  int k[kMaxStages] = {};
 };
 
 struct TrajectoryKernels {
@@ -97,11 +113,19 @@ struct TrajectoryKernels {
   void (*pack)(const Job&);
   void (*forward)(const Job&, const TileMemory&);
   void (*backward)(const Job&, const TileMemory&);
+  // Adaptive solves. Sums of squares over the entries, in units of the allowed error: of y0 and
+  // its slope; of the change of slope after a step of h; of the error of a step.
+  void (*start)(const Job&, const TileMemory&, const Attempt&, double* sums);
+  void (*probe)(const Job&, const TileMemory&, const Attempt&, double* sum);
+  void (*attempt)(const Job&, const TileMemory&, const Attempt&, double* sum);
+  // One output from the stages of the last step.
+  void (*interpolate)(const Job&, const TileMemory&, const Attempt&, const double* weights,
+                      void* out);
 };
 
-TrajectoryKernels trajectory_portable();
-TrajectoryKernels trajectory_avx2();
-TrajectoryKernels trajectory_avx512();
+const TrajectoryKernels& trajectory_portable();
+const TrajectoryKernels& trajectory_avx2();
+const TrajectoryKernels& trajectory_avx512();
 
 namespace cpu {
 
@@ -125,6 +149,7 @@ struct Solve {
   const Field* field = nullptr;
   const Method* method = nullptr;
   Type type = Type::f32;
+  bool shared = false;  // see Job
   int threads = 1;
   int64_t batch = 0, steps = 0;
   const double *times = nullptr, *h = nullptr;
@@ -137,10 +162,11 @@ struct Solve {
 
 // What the backward pass needs of the forward pass.
 struct Kept {
-  TrajectoryKernels kernels{};
+  const TrajectoryKernels* kernels = nullptr;
   Keep keep = Keep::nothing;
   int parts = 1;
   int64_t tile_rows = 0;
+  int64_t slots = 0;  // stages that there is room for
   Memory memory;
 };
 
@@ -154,6 +180,32 @@ struct Gradients {
 Kept trajectory_forward(const Solve& solve, Keep keep, void* out);
 void trajectory_backward(const Solve& solve, const Kept& kept, const void* grad,
                          const Gradients& gradients);
+
+// Step control as in fmft_fast/solvers/adaptive.py.
+struct Control {
+  double rtol, atol, safety, ifactor, dfactor, min_step, max_step;
+  int64_t max_num_steps;
+  double first_step;  // NaN: chosen here
+};
+
+enum class Outcome : int { done, too_many_steps, underflow, not_finite };
+
+// The accepted steps of an adaptive solve, and how it ended.
+struct Steps {
+  Outcome outcome = Outcome::done;
+  std::vector<double> times, h, weights;
+  std::vector<int64_t> outputs;
+  int64_t rejected = 0, evaluations = 0;
+  double last_ratio = 0;
+  Kept kept;
+};
+
+// Outputs at all times t; the method's last stage is the first of the next step, and its last node
+// is 1. `dense` [s, 4] are the coefficients of the dense output.
+Steps trajectory_adaptive(const Solve& solve, const std::vector<double>& c,
+                          const std::vector<double>& b_err, const std::vector<double>& dense,
+                          int order, const Control& control, const std::vector<double>& t,
+                          Keep keep, void* out);
 
 }  // namespace cpu
 }  // namespace fmft

@@ -489,60 +489,68 @@ void backward_tile(const Job& job, const TileMemory& memory) {
   Tile<T> tile(job, memory);
   const Value& state = tile.state();
   const int64_t size = tile.rows * state.ld;
-  const int s = job.stages;
+  const int s = job.stages, slots = s - job.shared;
   T *gy = tile.scratch + job.gy, *spare = tile.scratch + job.spare;
   memset(gy, 0, size * sizeof(T));
   int64_t next = job.outputs;  // outputs from here on have been taken
-  const auto wanted = [&](int64_t n) { return next > 0 && job.output_at[next - 1] == n; };
   const auto read = [&](int64_t output) {
     read_rows(state, tile.rows, spare, job.grad, output * job.batch + tile.first);
   };
-  const auto take = [&] {
-    read(--next);
-    accumulate<T>(state, tile.rows, gy, spare, true);
+  const auto take_from = [&](int64_t n) {
+    while (next > 0 && job.output_at[next - 1] >= n) {
+      read(--next);
+      accumulate<T>(state, tile.rows, gy, spare, true);
+    }
   };
-  if (job.weights)  // outputs beyond the last step cannot be
-    while (next > 0 && job.output_at[next - 1] >= job.steps) --next;
-  const bool velocity_wanted =
-      job.again && (tile.velocity().value.offset >= 0);
   T* gx[kMaxStages];
-  for (int i = 0; i < s; ++i) gx[i] = tile.scratch + job.gx + i * size;
-  for (int64_t n = job.steps - 1; n >= 0; --n) {
-    tile.base = n / job.window * job.window * s;
-    const double h = job.h[n];
-    if (!job.weights)
-      while (wanted(n + 1)) take();
-    int64_t begin = next;
-    if (job.weights)
-      while (begin > 0 && job.output_at[begin - 1] == n) --begin;
-    for (int i = s - 1; i >= 0; --i) {
-      const int64_t q = n * s + i;
-      if (!job.live[q]) continue;
-      T* delta = tile.delta(job.layer_count, q);
-      Sum<T> sum;
-      sum.add(gy, h * job.b[i]);
-      for (int j = i + 1; j < s; ++j)
-        if (job.live[n * s + j]) sum.add(gx[j], h * job.a[j * s + i]);
-      sum.write(delta, nullptr, size);
-      for (int64_t output = begin; job.weights && output < next; ++output) {
-        read(output);
-        Sum<T> more;
-        more.add(spare, h * job.weights[output * s + i]);
-        more.write(delta, delta, size);
+  for (int i = 0; i < slots; ++i) gx[i] = tile.scratch + job.gx + i * size;
+  for (int64_t n = job.shared ? job.steps : job.steps - 1; n >= 0; --n) {
+    const bool beyond = n == job.steps;
+    const int64_t slot0 = n * slots;
+    const double h = beyond ? 0 : job.h[n];
+    tile.base = n / job.window * job.window * slots;
+    if (!job.weights) take_from(n + 1);
+    // delta += the gradients of the outputs of step m, whose stage i this is.
+    const auto add_dense = [&](T* delta, int64_t m, int i) {
+      int64_t output = next;
+      while (output > 0 && job.output_at[output - 1] > m) --output;
+      for (; output > 0 && job.output_at[output - 1] == m; --output) {
+        const double w = job.weights[(output - 1) * s + i];
+        if (w == 0) continue;
+        read(output - 1);
+        Sum<T> sum;
+        sum.add(spare, job.h[m] * w);
+        sum.write(delta, delta, size);
       }
-      if (job.again)
-        evaluate(tile, q, job.times[q],
-                 velocity_wanted ? tile.value(job.layer_count, q) : nullptr);
-      pull_back(tile, q, job.times[q], gx[i]);
+    };
+    for (int i = beyond ? 0 : slots - 1; i >= 0; --i) {
+      if (!job.live[slot0 + i]) continue;
+      T* delta = tile.delta(job.layer_count, slot0 + i);
+      Sum<T> sum;
+      if (!beyond) {
+        sum.add(gy, h * job.b[i]);
+        for (int j = i + 1; j < slots; ++j)
+          if (job.live[slot0 + j]) sum.add(gx[j], h * job.a[j * s + i]);
+      }
+      sum.write(delta, nullptr, size);
+      if (job.weights && !beyond) add_dense(delta, n, i);
+      if (job.weights && job.shared && i == 0 && n > 0) add_dense(delta, n - 1, slots);
+      const double t = beyond ? job.times[n * s - 1] : job.times[n * s + i];
+      if (job.again) {
+        const bool needed = tile.velocity().value.offset >= 0;
+        evaluate(tile, slot0 + i, t, needed ? tile.value(job.layer_count, slot0 + i) : nullptr);
+      }
+      pull_back(tile, slot0 + i, t, gx[i]);
     }
     Sum<T> sum;
-    for (int i = 0; i < s; ++i)
-      if (job.live[n * s + i]) sum.add(gx[i], 1);
+    for (int i = 0; i < (beyond ? 1 : slots); ++i)
+      if (job.live[slot0 + i]) sum.add(gx[i], 1);
     sum.write(gy, gy, size);
-    while (job.weights && next > begin) take();
-    if (n * s == tile.base) {
-      const int64_t end = (n + job.window < job.steps ? n + job.window : job.steps) * s;
-      for (int64_t q = tile.base; q < end;) {
+    if (job.weights) take_from(n);
+    if (slot0 == tile.base) {
+      const int64_t last = job.steps * slots + job.shared;
+      const int64_t end = slot0 + job.window * slots < last ? slot0 + job.window * slots : last;
+      for (int64_t q = slot0; q < end;) {
         const int64_t from = q;
         while (q < end && job.live[q]) ++q;
         if (q > from) weight_gradients(tile, from, q - from);
@@ -550,25 +558,139 @@ void backward_tile(const Job& job, const TileMemory& memory) {
       }
     }
   }
-  if (!job.weights)
-    while (wanted(0)) take();
+  if (!job.weights) take_from(0);
   if (job.grad_y0) write_rows(state, tile.rows, gy, job.grad_y0, tile.first);
+}
+
+// ---- adaptive steps
+
+// The matrices of the state that adaptive steps carry on.
+template <class T>
+struct Carried {
+  T *y, *next, *k[kMaxStages];
+  int64_t size;
+
+  Carried(const Tile<T>& tile, const TileMemory& memory, const Attempt& attempt)
+      : size(tile.rows * tile.state().ld) {
+    T* state = static_cast<T*>(memory.state);
+    y = state + attempt.y * size;
+    next = state + attempt.next * size;
+    for (int i = 0; i < tile.job.stages; ++i) k[i] = state + attempt.k[i] * size;
+  }
+};
+
+template <class T>
+void evaluate_into(const Tile<T>& tile, int64_t slot, double t, T* velocity, int64_t size) {
+  evaluate(tile, slot, t, velocity);
+  if (const Buffer& kept = tile.velocity().value; kept.offset >= 0)
+    memcpy(tile.value(tile.job.layer_count, slot), velocity, size * sizeof(T));
+}
+
+// Sum over the entries of (f(row, column) / (atol + rtol max(|y|, |next|)))^2.
+template <class T, class F>
+double sum_of_errors(const Tile<T>& tile, const Attempt& attempt, const T* y, const T* next, F f) {
+  const Value& state = tile.state();
+  const T rtol = static_cast<T>(attempt.rtol), atol = static_cast<T>(attempt.atol);
+  double total = 0;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    for (int64_t i = r * state.ld; i < r * state.ld + state.width; ++i) {
+      const T a = magnitude(y[i]), b = magnitude(next[i]);
+      // A NaN in the next state makes the comparison false and so reaches the scale.
+      const double error = f(i) / (atol + rtol * (a > b ? a : b));
+      total += error * error;
+    }
+  return total;
+}
+
+template <class T>
+void start_tile(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sums) {
+  const Tile<T> tile(job, memory);
+  const Carried<T> x(tile, memory, attempt);
+  read_rows(tile.state(), tile.rows, x.y, job.y0, tile.first);
+  memcpy(tile.value(0, 0), x.y, x.size * sizeof(T));
+  evaluate_into(tile, 0, attempt.times[0], x.k[0], x.size);
+  sums[0] = sum_of_errors(tile, attempt, x.y, x.y, [&](int64_t i) { return x.y[i]; });
+  sums[1] = sum_of_errors(tile, attempt, x.y, x.y, [&](int64_t i) { return x.k[0][i]; });
+}
+
+template <class T>
+void probe_tile(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sum) {
+  const Tile<T> tile(job, memory);
+  const Carried<T> x(tile, memory, attempt);
+  Sum<T> step;
+  step.add(x.k[0], attempt.h);
+  step.write(tile.value(0, 1), x.y, x.size);
+  evaluate_into(tile, 1, attempt.times[0], x.k[1], x.size);
+  *sum = sum_of_errors(tile, attempt, x.y, x.y, [&](int64_t i) { return x.k[1][i] - x.k[0][i]; });
+}
+
+template <class T>
+void attempt_tile(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sum) {
+  const Tile<T> tile(job, memory);
+  const Carried<T> x(tile, memory, attempt);
+  const int s = job.stages;
+  for (int i = 1; i < s; ++i) {
+    const int64_t slot = attempt.step * (s - 1) + i;
+    T* input = tile.value(0, slot);
+    Sum<T> step;
+    for (int j = 0; j < i; ++j) step.add(x.k[j], attempt.h * job.a[i * s + j]);
+    step.write(input, x.y, x.size);
+    if (i == s - 1) memcpy(x.next, input, x.size * sizeof(T));
+    evaluate_into(tile, slot, attempt.times[i], x.k[i], x.size);
+  }
+  Sum<T> errors;
+  for (int i = 0; i < s; ++i) errors.add(x.k[i], attempt.h * attempt.b_err[i]);
+  T* error = tile.scratch + job.spare;
+  errors.write(error, nullptr, x.size);
+  *sum = sum_of_errors(tile, attempt, x.y, x.next, [=](int64_t i) { return error[i]; });
+}
+
+template <class T>
+void interpolate_tile(const Job& job, const TileMemory& memory, const Attempt& attempt,
+                      const double* weights, void* out) {
+  const Tile<T> tile(job, memory);
+  const Carried<T> x(tile, memory, attempt);
+  Sum<T> sum;
+  for (int i = 0; i < job.stages; ++i) sum.add(x.k[i], attempt.h * weights[i]);
+  T* spare = tile.scratch + job.spare;
+  sum.write(spare, x.y, x.size);
+  write_rows(tile.state(), tile.rows, spare, out, tile.first);
 }
 
 void pack(const Job& job) { job.type == Type::f64 ? pack_all<double>(job) : pack_all<float>(job); }
 
-void forward(const Job& job, const TileMemory& memory) {
-  job.type == Type::f64 ? forward_tile<double>(job, memory) : forward_tile<float>(job, memory);
+#define FMFT_BY_TYPE(name, ...)                                  \
+  (job.type == Type::f64 ? name##_tile<double>(job, __VA_ARGS__) \
+                         : name##_tile<float>(job, __VA_ARGS__))
+
+void forward(const Job& job, const TileMemory& memory) { FMFT_BY_TYPE(forward, memory); }
+
+void backward(const Job& job, const TileMemory& memory) { FMFT_BY_TYPE(backward, memory); }
+
+void start(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sums) {
+  FMFT_BY_TYPE(start, memory, attempt, sums);
 }
 
-void backward(const Job& job, const TileMemory& memory) {
-  job.type == Type::f64 ? backward_tile<double>(job, memory) : backward_tile<float>(job, memory);
+void probe(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sum) {
+  FMFT_BY_TYPE(probe, memory, attempt, sum);
 }
+
+void attempt(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sum) {
+  FMFT_BY_TYPE(attempt, memory, attempt, sum);
+}
+
+void interpolate(const Job& job, const TileMemory& memory, const Attempt& attempt,
+                 const double* weights, void* out) {
+  FMFT_BY_TYPE(interpolate, memory, attempt, weights, out);
+}
+
+constexpr TrajectoryKernels kTrajectoryKernels{
+    FMFT_TEXT(FMFT_ISA), kVectorBytes, kBlockRows, kBlockVectors, pack,       forward,
+    backward,            start,        probe,      attempt,       interpolate};
 
 }  // namespace FMFT_ISA
 
-TrajectoryKernels FMFT_JOIN(trajectory_, FMFT_ISA)() {
-  return {FMFT_TEXT(FMFT_ISA), kVectorBytes, kBlockRows, kBlockVectors, pack, forward, backward};
-}
+// A reference, because a copy would be moved in wide registers out of sight of the dispatch.
+const TrajectoryKernels& FMFT_JOIN(trajectory_, FMFT_ISA)() { return kTrajectoryKernels; }
 
 }  // namespace fmft

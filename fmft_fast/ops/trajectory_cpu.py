@@ -8,14 +8,15 @@ bits are the same from run to run, and may differ between numbers of threads.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fmft_fast import _cpu
 from fmft_fast.ops.network import ACTIVATIONS, Inputs, Network
-from fmft_fast.ops.trajectory import Keep, Program, Row
+from fmft_fast.ops.trajectory import Control, Keep, Program, Row
 
 KEEP_CODES = {"nothing": 0, "inputs": 1, "activations": 2}
 TYPE_CODES = {torch.float32: 0, torch.float64: 1}
@@ -23,12 +24,50 @@ MAX_STAGES = 16
 MAX_LAYERS = 63
 
 
+OUTCOMES = ("done", "too many steps", "underflow", "not finite")
+
+
 class Kept(NamedTuple):
-    """The prepared solve, the memory of its forward pass, and the tensors that it points to."""
+    """The prepared solve, the tensors that it points to, and the memory of its forward pass."""
 
     solve: _cpu.Solve
-    memory: _cpu.Kept
     tensors: tuple[Any, ...]
+    memory: _cpu.Kept
+
+
+class AdaptiveTableau(Protocol):
+    """What `adaptive` reads of a tableau (see `fmft_fast.solvers.tableau.Tableau`)."""
+
+    order: int
+    c: Row
+    a: tuple[Row, ...]
+    b: Row
+    b_err: Any
+
+    @property
+    def dense(self) -> tuple[Row, ...]:
+        """[s, 4] coefficients of the dense output."""
+        ...
+
+
+class AdaptiveSolve(NamedTuple):
+    """An adaptive solve.
+
+    Attributes:
+        outcome: "done", or why it ended early: "too many steps", "underflow", "not finite".
+        out: [T, batch, state].
+        program: the accepted steps, with the weights of the dense output at every time.
+        kept: what `backward` wants; None if nothing is kept or the solve ended early.
+        rejected: number of rejected steps.
+        evaluations: number of evaluations of the field.
+    """
+
+    outcome: str
+    out: Tensor
+    program: Program
+    kept: Kept | None
+    rejected: int
+    evaluations: int
 
 
 class CpuTrajectoryKernels:
@@ -48,37 +87,77 @@ class CpuTrajectoryKernels:
 
     def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Kept | None]:
         """See `TrajectoryKernels`."""
-        y0 = inputs.y0
+        tensors = _laid_out(inputs)
+        y0 = tensors.y0
         assert y0 is not None
-        batch, state = y0.shape
-        out = torch.empty((len(program.outputs), batch, state), dtype=y0.dtype, device=y0.device)
-        y0 = y0.contiguous()
-        parameters = [_rows_together(x) for x in inputs.parameters]
-        tables = [x.contiguous() for x in inputs.tables]
-        conds = [x.contiguous() for x in inputs.conds]
-        times, h = program.times.contiguous(), program.h.contiguous()
-        weights = None if program.weights is None else program.weights.contiguous()
-        solve = _cpu.Solve(
-            field_of(program.network),
-            method_of(program.a, program.b),
-            TYPE_CODES[y0.dtype],
-            torch.get_num_threads(),
-            batch,
-            h.shape[0],
-            times.data_ptr(),
-            h.data_ptr(),
-            program.outputs,
-            0 if weights is None else weights.data_ptr(),
-            y0.data_ptr(),
-            [x.data_ptr() for x in parameters],
-            [x.stride(0) for x in parameters],
-            [x.data_ptr() for x in tables],
-            [x.data_ptr() for x in conds],
-        )
+        out = torch.empty((len(program.outputs), *y0.shape), dtype=y0.dtype)
+        solve, alive = _solve(program, tensors)
         memory = _cpu.trajectory_forward(solve, KEEP_CODES[keep], out.data_ptr())
-        if keep == "nothing":
-            return out, None
-        return out, Kept(solve, memory, (y0, parameters, tables, conds, times, h, weights))
+        return out, None if keep == "nothing" else Kept(solve, alive, memory)
+
+    def adaptive(
+        self,
+        network: Network,
+        tableau: AdaptiveTableau,
+        control: Control,
+        inputs: Inputs,
+        t: list[float],
+        keep: Keep,
+    ) -> AdaptiveSolve:
+        """Solve with the step control of `odeint`, which accepts the same steps up to rounding.
+
+        Args:
+            network: the field, without tables.
+            tableau: a method whose last stage is the first of the next step ("FSAL").
+            control: tolerances and bounds of the step control.
+            inputs: the tensors.
+            t: [T] two or more times, in one direction.
+            keep: see `forward`.
+        """
+        tensors = _laid_out(inputs)
+        y0 = tensors.y0
+        assert y0 is not None
+        out = torch.empty((len(t), *y0.shape), dtype=y0.dtype)
+        none = torch.empty(0, dtype=torch.float64)
+        before = Program(network, tableau.a, tableau.b, none, none, ())
+        solve, _ = _solve(before, tensors, shared=True)
+        outcome, times, h, outputs, weights, rejected, evaluations, memory = (
+            _cpu.trajectory_adaptive(
+                solve,
+                tableau.c,
+                tableau.b_err,
+                [x for row in tableau.dense for x in row],
+                tableau.order,
+                [
+                    control.rtol,
+                    control.atol,
+                    control.safety,
+                    control.ifactor,
+                    control.dfactor,
+                    control.min_step,
+                    control.max_step,
+                    math.nan if control.first_step is None else control.first_step,
+                ],
+                control.max_num_steps,
+                t,
+                KEEP_CODES[keep],
+                out.data_ptr(),
+            )
+        )
+        stages = len(tableau.b)
+        program = Program(
+            network,
+            tableau.a,
+            tableau.b,
+            torch.tensor(times, dtype=torch.float64).view(-1, stages),
+            torch.tensor(h, dtype=torch.float64),
+            tuple(outputs),
+            torch.tensor(weights, dtype=torch.float64).view(-1, stages),
+        )
+        kept = None
+        if keep != "nothing" and OUTCOMES[outcome] == "done":
+            kept = Kept(*_solve(program, tensors, shared=True), memory)
+        return AdaptiveSolve(OUTCOMES[outcome], out, program, kept, rejected, evaluations)
 
     def backward(
         self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs
@@ -103,6 +182,45 @@ class CpuTrajectoryKernels:
             [_address(x) for x in found.conds],
         )
         return found
+
+
+def _laid_out(inputs: Inputs) -> Inputs:
+    """The tensors with rows that lie next to each other, parameters with any distance of rows."""
+    return Inputs(
+        None if inputs.y0 is None else inputs.y0.contiguous(),
+        [_rows_together(x) for x in inputs.parameters],
+        [x.contiguous() for x in inputs.tables],
+        [x.contiguous() for x in inputs.conds],
+    )
+
+
+def _solve(
+    program: Program, tensors: Inputs, shared: bool = False
+) -> tuple[_cpu.Solve, tuple[Any, ...]]:
+    """The solve in the compiled module's form, and what has to outlive it."""
+    y0 = tensors.y0
+    assert y0 is not None
+    times, h = program.times.contiguous(), program.h.contiguous()
+    weights = None if program.weights is None else program.weights.contiguous()
+    solve = _cpu.Solve(
+        field_of(program.network),
+        method_of(program.a, program.b),
+        TYPE_CODES[y0.dtype],
+        shared,
+        torch.get_num_threads(),
+        y0.shape[0],
+        h.shape[0],
+        times.data_ptr(),
+        h.data_ptr(),
+        program.outputs,
+        _address(weights),
+        y0.data_ptr(),
+        [x.data_ptr() for x in tensors.parameters],
+        [x.stride(0) for x in tensors.parameters],
+        [x.data_ptr() for x in tensors.tables],
+        [x.data_ptr() for x in tensors.conds],
+    )
+    return solve, (tensors, times, h, weights)
 
 
 def field_of(network: Network) -> _cpu.Field:

@@ -7,8 +7,12 @@ import torch
 from ops.kernel_sets import instruction_set
 from ops.networks import chain, make_inputs, make_program, viscosity
 
-from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term, activate
-from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
+from fmft_fast.ops.backend import choose_kernels
+from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term, activate, evaluate
+from fmft_fast.ops.trajectory import Control, Program, Reference, flatten, rebuild
+from fmft_fast.solvers.adaptive import AdaptiveSolver, integrate_adaptive
+from fmft_fast.solvers.inputs import normalise
+from fmft_fast.solvers.methods import METHODS as METHODS_BY_NAME
 
 cpu = pytest.importorskip("fmft_fast.ops.trajectory_cpu", exc_type=ImportError)
 REFERENCE = Reference()
@@ -299,3 +303,117 @@ def test_accuracy_of_activations(isa, activation) -> None:
         # In float64 the reference, which is torch's, errs by some eps |z| itself.
         own = 1 if dtype == torch.float32 else 1 + x.abs()
         assert ((rest[-1].double() - slope_exact).abs() / own).max() <= BOUND * eps
+
+
+def generic(network, inputs, tableau, control, t):
+    """The generic solver on the same field: the solver and the states at t."""
+
+    def field(time, y):
+        return evaluate(network, inputs, float(time), 0, y)
+
+    options = {
+        name: getattr(control, name)
+        for name in ("safety", "ifactor", "dfactor", "min_step", "max_step", "first_step")
+    }
+    problem = normalise(
+        field,
+        inputs.y0,
+        torch.tensor(t, dtype=torch.float64),
+        rtol=control.rtol,
+        atol=control.atol,
+        method=tableau.name,
+        options=options,
+    )
+    solver = AdaptiveSolver(problem, choose_kernels(inputs.y0, "reference"), problem.options)
+    return solver, integrate_adaptive(problem, solver)
+
+
+ADAPTIVE_TIMES = ([0.0, 0.05, 0.06, 0.9, 2.0], [1.0, -0.5])
+
+
+@pytest.mark.parametrize("times", ADAPTIVE_TIMES)
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "dopri8"])
+def test_adaptive_steps_are_those_of_the_generic_solver(method, times) -> None:
+    network, shapes = chain(3, (20, 24), "tanh", cond=True)
+    tableau = METHODS_BY_NAME[method].tableau
+    for control in (
+        Control(1e-5, 1e-6),
+        Control(1e-4, 1e-8, safety=0.8, ifactor=3.0, dfactor=0.4, max_step=0.4, first_step=1.5),
+        Control(1e-7, 1e-7, min_step=0.3),
+    ):
+        inputs = make_inputs(network, shapes, 29, 0)
+        inputs.parameters[0] = 4 * inputs.parameters[0]
+        solver, expected = generic(network, inputs, tableau, control, times)
+        for keep in ("nothing", "inputs", "activations"):
+            found = cpu.KERNELS.adaptive(network, tableau, control, inputs, times, keep)
+            assert found.outcome == "done"
+            counts = (found.program.steps, found.rejected, found.evaluations)
+            assert counts == (solver.accepted, solver.rejected, solver.field.evaluations)
+            torch.testing.assert_close(found.out, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+def test_gradients_of_adaptive_solves(isa, method, keep) -> None:
+    """The returned program is an ordinary one: its reference gives outputs and gradients."""
+    tableau = METHODS_BY_NAME[method].tableau
+    for network, shapes in (NETWORKS["64 x 3"], NETWORKS["viscosity on an MLP"], _activated()):
+        for dtype, rtol, bound in ((torch.float64, 1e-6, 1e-11), (torch.float32, 1e-3, 1e-4)):
+            for times in ADAPTIVE_TIMES:
+                inputs = make_inputs(network, shapes, 70, 0)
+                control = Control(rtol, rtol)
+                small = cast(inputs, dtype)
+                found = cpu.KERNELS.adaptive(network, tableau, control, small, times, keep)
+                assert found.program.steps >= 3
+                expected = solve(REFERENCE, found.program, inputs)
+                shape = expected[0].shape
+                grad = torch.linspace(-1, 1, expected[0].numel(), dtype=dtype).reshape(shape)
+                gradients = cpu.KERNELS.backward(
+                    found.program, small, found.kept, grad, everything(inputs)
+                )
+                for x, y in zip(expected, [found.out, *flatten(gradients)], strict=True):
+                    assert (y.double() - x).abs().max() <= bound * x.abs().max()
+
+
+def _activated():
+    layers = (
+        Layer(9, (Term(0, 0),), 1, activation="relu"),
+        Layer(3, (Term(1, 2),), activation="tanh"),
+    )
+    return Network(3, layers), [(9, 3), (9,), (3, 9)]
+
+
+def test_adaptive_solves_of_many_steps() -> None:
+    """More steps than there is room for at first, on several threads."""
+    network, shapes = chain(2, (32, 32))
+    inputs = make_inputs(network, shapes, 300, 0)
+    control = Control(1e-6, 1e-6, max_step=0.02)
+    tableau = METHODS_BY_NAME["dopri5"].tableau
+    torch.set_num_threads(2)
+    found = cpu.KERNELS.adaptive(network, tableau, control, inputs, [0.0, 1.0], "activations")
+    assert found.program.steps > 40
+    expected = solve(REFERENCE, found.program, inputs)
+    grad = torch.linspace(-1, 1, expected[0].numel(), dtype=torch.float64)
+    gradients = cpu.KERNELS.backward(
+        found.program, inputs, found.kept, grad.reshape(2, 300, 2), everything(inputs)
+    )
+    for x, y in zip(expected, [found.out, *flatten(gradients)], strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-10)
+
+
+def test_adaptive_solves_that_end_early() -> None:
+    tableau = METHODS_BY_NAME["dopri5"].tableau
+    layers = (Layer(1, (Term(0, None),), activation="softplus", slope=1e-3),)
+    network = Network(1, layers)
+
+    def outcome(value, **bounds):
+        inputs = Inputs(torch.full((3, 1), value, dtype=torch.float64))
+        control = Control(1e-6, 1e-6, **bounds)
+        found = cpu.KERNELS.adaptive(network, tableau, control, inputs, [0.0, 1.0], "inputs")
+        assert (found.kept is None) == (found.outcome != "done")
+        return found.outcome
+
+    assert outcome(1.0) == "done"
+    assert outcome(1.0, max_num_steps=1, max_step=0.1) == "too many steps"
+    assert outcome(torch.nan) == "not finite"
+    assert outcome(1.0, first_step=0.0) == "underflow"

@@ -1,0 +1,255 @@
+// Adaptive solves: the step control of fmft_fast/solvers/adaptive.py around tiles of the batch.
+#include <cmath>
+#include <cstring>
+
+#include "trajectory_plan.h"
+
+namespace fmft::cpu {
+namespace {
+
+constexpr int64_t kFirstSteps = 16;
+
+class Adaptive {
+ public:
+  Adaptive(const Solve& solve, const std::vector<double>& c, const std::vector<double>& b_err,
+           const std::vector<double>& dense, int order, const Control& control, Keep keep)
+      : solve_(solve),
+        c_(c),
+        dense_(dense),
+        order_(order),
+        control_(control),
+        stages_(solve.method->stages),
+        size_(number_size(solve.type)) {
+    steps_.kept.keep = keep;
+    solve_.shared = true;
+    solve_.steps = 1;
+    choose_tiles(solve_, stages_, steps_.kept);
+    tiles_ = (solve.batch + steps_.kept.tile_rows - 1) / steps_.kept.tile_rows;
+    sums_.resize(2 * std::max<int64_t>(tiles_, 1));
+    times_.resize(stages_);
+    attempt_.times = times_.data();
+    attempt_.b_err = b_err.data();
+    attempt_.rtol = control.rtol;
+    attempt_.atol = control.atol;
+    for (int i = 0; i < stages_; ++i) attempt_.k[i] = i + 2;
+    make_room(kFirstSteps);
+    state_bytes_ = (stages_ + 2) * steps_.kept.tile_rows * plan_->values[0].ld * size_;
+    state_ = Memory(tiles_ * state_bytes_);
+    packs_ = Memory(plan_->packs.size() * size_);
+    plan_->job.packs = packs_.data();
+    steps_.kept.kernels->pack(plan_->job);
+  }
+
+  Steps run(const std::vector<double>& t, void* out) {
+    const size_t row = solve_.batch * solve_.field->state * size_;
+    const auto row_of = [&](size_t j) { return static_cast<char*>(out) + j * row; };
+    direction_ = t.back() >= t.front() ? 1 : -1;
+    s_ = direction_ * t[0];
+    memcpy(out, solve_.y0, row);
+    steps_.outputs.push_back(0);
+    steps_.weights.assign(stages_, 0);
+    if (!start()) return finish(Outcome::not_finite);
+    for (size_t j = 1; j < t.size(); ++j) {
+      for (int64_t attempts = 0; direction_ * t[j] > s_; ++attempts) {
+        if (attempts >= control_.max_num_steps) return finish(Outcome::too_many_steps);
+        const Outcome outcome = attempt();
+        if (outcome != Outcome::done) return finish(outcome);
+      }
+      interpolate(t[j], row_of(j));
+    }
+    return finish(Outcome::done);
+  }
+
+ private:
+  Steps finish(Outcome outcome) {
+    steps_.outcome = outcome;
+    return std::move(steps_);
+  }
+
+  // Room for so many steps in the kept memory; what lies there moves along.
+  void make_room(int64_t steps) {
+    Kept& kept = steps_.kept;
+    const int64_t before = kept.slots;
+    std::unique_ptr<Plan> old = std::move(plan_);
+    Memory memory = std::move(kept.memory);
+    kept.slots = kept.keep == Keep::nothing ? 2 : steps * (stages_ - 1) + 1;
+    room_ = kept.keep == Keep::nothing ? INT64_MAX : steps;
+    plan_ = std::make_unique<Plan>(make_plan(solve_, kept, nullptr));
+    plan_->job.packs = packs_.data();
+    kept.memory = Memory(tiles_ * plan_->kept.size() * size_);
+    if (!old) return;
+    const auto move = [&](const Buffer& from, const Buffer& to, int64_t ld) {
+      if (!to.kept) return;
+      for (int64_t tile = 0; tile < tiles_; ++tile)
+        memcpy(static_cast<char*>(kept.memory.data()) +
+                   (tile * plan_->kept.size() + to.offset) * size_,
+               static_cast<const char*>(memory.data()) +
+                   (tile * old->kept.size() + from.offset) * size_,
+               before * kept.tile_rows * ld * size_);
+    };
+    for (size_t v = 0; v < plan_->values.size(); ++v) {
+      const int64_t ld = plan_->values[v].ld;
+      move(old->values[v].value, plan_->values[v].value, ld);
+      if (v > 0) move(old->layers[v - 1].slope, plan_->layers[v - 1].slope, ld);
+    }
+  }
+
+  template <class Run>
+  void each(Run run) {
+    each_tile(solve_, *plan_, steps_.kept, [&](TileMemory memory, int64_t tile, int) {
+      memory.state = static_cast<char*>(state_.data()) + tile * state_bytes_;
+      run(memory, tile);
+    });
+  }
+
+  // The root mean square whose squares were summed tile by tile.
+  double norm(int which) const {
+    double total = 0;
+    for (int64_t tile = 0; tile < tiles_; ++tile) total += sums_[2 * tile + which];
+    const double entries = static_cast<double>(solve_.batch * solve_.field->state);
+    return entries > 0 ? std::sqrt(total / entries) : 0;
+  }
+
+  bool start() {
+    times_[0] = direction_ * s_;
+    each([&](const TileMemory& memory, int64_t tile) {
+      steps_.kept.kernels->start(plan_->job, memory, attempt_, &sums_[2 * tile]);
+    });
+    ++steps_.evaluations;
+    if (!std::isnan(control_.first_step)) {
+      h_ = std::fabs(control_.first_step);
+      return true;
+    }
+    const double d0 = norm(0), d1 = norm(1);
+    if (!std::isfinite(d0 + d1)) return false;
+    const double h0 = d0 < 1e-5 || d1 < 1e-5 ? 1e-6 : 0.01 * d0 / d1;
+    times_[0] = direction_ * (s_ + h0);
+    attempt_.h = direction_ * h0;
+    each([&](const TileMemory& memory, int64_t tile) {
+      steps_.kept.kernels->probe(plan_->job, memory, attempt_, &sums_[2 * tile]);
+    });
+    ++steps_.evaluations;
+    const double d2 = norm(0) / h0;
+    if (!std::isfinite(d2)) {
+      h_ = h0 * 1e-3;
+      return true;
+    }
+    const double steepest = std::max(d1, d2);
+    const double h1 = steepest <= 1e-15 ? std::max(1e-6, h0 * 1e-3)
+                                        : std::pow(0.01 / steepest, 1.0 / order_);
+    h_ = std::min(100 * h0, h1);
+    return true;
+  }
+
+  double clamp(double h) const {
+    return std::min(std::max(h, control_.min_step), control_.max_step);
+  }
+
+  double next_size(double h, double ratio) const {
+    double factor = control_.ifactor;
+    if (!std::isfinite(ratio)) {
+      factor = control_.dfactor;
+    } else if (ratio != 0) {
+      const double lowest = ratio < 1 ? 1.0 : control_.dfactor;
+      factor = std::min(control_.ifactor,
+                        std::max(control_.safety / std::pow(ratio, 1.0 / order_), lowest));
+    }
+    return clamp(h * factor);
+  }
+
+  Outcome attempt() {
+    const double h = clamp(h_), s1 = s_ + h;
+    if (!(s1 > s_)) return Outcome::underflow;
+    const int64_t n = static_cast<int64_t>(steps_.h.size());
+    if (n >= room_) make_room(2 * room_);
+    attempt_.step = steps_.kept.keep == Keep::nothing ? 0 : n;
+    attempt_.h = direction_ * h;
+    for (int i = 0; i < stages_; ++i)
+      times_[i] = direction_ * (c_[i] == 1 ? s1 : s_ + c_[i] * h);
+    each([&](const TileMemory& memory, int64_t tile) {
+      steps_.kept.kernels->attempt(plan_->job, memory, attempt_, &sums_[2 * tile]);
+    });
+    steps_.evaluations += stages_ - 1;
+    const double ratio = norm(0);
+    if (!std::isfinite(ratio) && (!starts_finite() || h <= control_.min_step))
+      return Outcome::not_finite;
+    steps_.last_ratio = ratio;
+    if (ratio <= 1 || h <= control_.min_step) {
+      steps_.times.insert(steps_.times.end(), times_.begin(), times_.end());
+      steps_.h.push_back(attempt_.h);
+      s0_ = s_;
+      s_ = s1;
+      accepted_ = attempt_;
+      // The stages of this step stay until the next one is accepted.
+      std::swap(attempt_.y, attempt_.next);
+      std::swap(attempt_.k[0], attempt_.k[stages_ - 1]);
+    } else {
+      ++steps_.rejected;
+    }
+    h_ = next_size(h, ratio);
+    return Outcome::done;
+  }
+
+  bool starts_finite() {
+    bool finite = true;
+    const Value& state = plan_->values[0];
+    const int64_t rows = steps_.kept.tile_rows;
+    const auto check = [&](const auto* numbers) {
+      for (int number : {attempt_.y, attempt_.k[0]})
+        for (int64_t tile = 0; tile < tiles_; ++tile) {
+          const int64_t count = std::min(rows, solve_.batch - tile * rows);
+          const auto* from =
+              numbers + tile * state_bytes_ / size_ + number * count * state.ld;
+          for (int64_t r = 0; r < count; ++r)
+            for (int64_t i = 0; i < state.width; ++i)
+              finite = finite && std::isfinite(from[r * state.ld + i]);
+        }
+    };
+    if (solve_.type == Type::f64)
+      check(static_cast<const double*>(state_.data()));
+    else
+      check(static_cast<const float*>(state_.data()));
+    return finite;
+  }
+
+  void interpolate(double t, void* out) {
+    const double theta = (t - direction_ * s0_) / accepted_.h;
+    const size_t first = steps_.weights.size();
+    const size_t degree = dense_.size() / stages_;
+    for (int i = 0; i < stages_; ++i) {
+      double weight = 0;
+      for (size_t j = degree; j-- > 0;) weight = (weight + dense_[i * degree + j]) * theta;
+      steps_.weights.push_back(weight);
+    }
+    steps_.outputs.push_back(static_cast<int64_t>(steps_.h.size()) - 1);
+    each([&](const TileMemory& memory, int64_t) {
+      steps_.kept.kernels->interpolate(plan_->job, memory, accepted_, &steps_.weights[first], out);
+    });
+  }
+
+  Solve solve_;
+  const std::vector<double>&c_, &dense_;
+  int order_;
+  Control control_;
+  int stages_;
+  int64_t size_;
+  int64_t tiles_ = 0, room_ = 0, state_bytes_ = 0;
+  std::unique_ptr<Plan> plan_;
+  Memory packs_, state_;
+  std::vector<double> sums_, times_;
+  Attempt attempt_, accepted_;
+  int direction_ = 1;
+  double s_ = 0, s0_ = 0, h_ = 0;
+  Steps steps_;
+};
+
+}  // namespace
+
+Steps trajectory_adaptive(const Solve& solve, const std::vector<double>& c,
+                          const std::vector<double>& b_err, const std::vector<double>& dense,
+                          int order, const Control& control, const std::vector<double>& t,
+                          Keep keep, void* out) {
+  return Adaptive(solve, c, b_err, dense, order, control, keep).run(t, out);
+}
+
+}  // namespace fmft::cpu
