@@ -1,4 +1,4 @@
-"""Host time of a training step outside of the solve: python -m benchmarks.host_cost [--device D]."""
+"""Host time of a training step outside of the solve: python -m benchmarks.host_cost."""
 
 from __future__ import annotations
 

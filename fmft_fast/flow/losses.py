@@ -92,7 +92,8 @@ def reconstruction_loss(phi: Tensor, x1: Tensor, *, sigma: float | Tensor | None
         return (phi - x1).square().mean().clamp_min(torch.finfo(x1.dtype).tiny).sqrt()
     if not isinstance(sigma, Tensor) and not sigma > 0:
         raise InputError(f"sigma must be positive, got {sigma}")
-    width = torch.as_tensor(sigma, dtype=x1.dtype, device=x1.device)
+    # A float goes to its kernel as an argument: a copy from the host would wait for the device.
+    width = sigma.to(x1) if isinstance(sigma, Tensor) else x1.new_full((), sigma)
     state = x1.shape[1:]
     tail = state[len(state) - width.ndim :]
     fits = all(w in (1, s) for w, s in zip(width.shape, tail, strict=False))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fmft_fast.ops.backend import choose_kernels
+from fmft_fast.ops.capture import place
 from fmft_fast.ops.contract import FUSED_DTYPES
 from fmft_fast.ops.network import Inputs, Layer, Network, Term
 from fmft_fast.ops.trajectory import Keep, Program, flatten, rebuild
@@ -104,7 +105,7 @@ class Field:
         self.network, self.conds = program.network, inputs.conds
         like = inputs.y0
         assert like is not None
-        self.times = stage_times(program, like)
+        self.times = place(program.times.flatten().to(like.dtype), like.device)
         self.matrices = {
             term: inputs.parameters[term.weight][:, self.columns(term)].contiguous()
             for layer in self.network.layers
@@ -226,15 +227,6 @@ class Field:
                 if term.weight is not None and grads.parameters[term.weight] is not None:
                     part = grads.parameters[term.weight][:, self.columns(term)]
                     part.addmm_(delta.T, values[term.source])
-
-
-def stage_times(program: Program, like: Tensor) -> Tensor:
-    """The times of all stages in one row, where `like` lies."""
-    times = program.times.flatten()
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        # A copy from the host cannot be captured; numbers that kernels are given can.
-        return torch.stack([like.new_full((), t) for t in times.tolist()])
-    return times.to(like)
 
 
 def live_layers(network: Network) -> list[int]:

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from fmft_fast.errors import InputError, InputTypeError
-from fmft_fast.flow.couplings import Coupling, Pairs
+from fmft_fast.flow.couplings import (
+    Coupling,
+    Independent,
+    Inversion,
+    OTFixed,
+    OTSemidiscrete,
+    Pairs,
+)
 
 Batch = tuple[Tensor, ...]
+# Couplings whose draws never wait for the device; "ot-minibatch" assigns on the host.
+ON_DEVICE = (Independent, Inversion, OTFixed, OTSemidiscrete)
 
 
 class BatchSource(Protocol):
@@ -52,6 +61,11 @@ class PairBatches:
     ) -> None:
         self.coupling, self.batch_size = coupling, batch_size
         self._random = torch.Generator(device).manual_seed(stream_seed(seed, "pairs"))
+
+    @property
+    def generators(self) -> tuple[torch.Generator, ...] | None:
+        """What a draw advances, if it needs no word from the host; None if it does."""
+        return (self._random,) if type(self.coupling) in ON_DEVICE else None
 
     def next(self) -> Batch:
         """Draw the next pairs."""

@@ -31,7 +31,7 @@ def key(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[str | bool, ...] | None = None,
 ) -> Any:
     """Declare a configuration key: its default, its meaning and the values it may take."""
     metadata = {"text": text, "low": low, "above": above, "high": high, "choices": choices}
@@ -61,6 +61,9 @@ class FitConfig:
     seed: int = key(0, "seed of every random stream of the run", low=0)
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = key("float32", "dtype of parameters and data", choices=("float32", "float64"))
+    cuda_graph: bool | str = key(
+        "auto", "replay the training step as one CUDA graph", choices=("auto", True, False)
+    )
     log_every: int = key(50, "steps between lines of metrics", low=1)
     eval_every: int = key(250, "steps between evaluations", low=1)
     metric: str = key("heldout", "evaluated metric that picks the best model (lower is better)")
@@ -151,7 +154,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) in (Union, UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+        hints = [arg for arg in get_args(hint) if arg is not type(None)]
+        hint = next((arg for arg in hints if isinstance(value, arg)), hints[-1])
         return _convert(name, value, hint)
     if get_origin(hint) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -182,9 +186,10 @@ def _check_range(item: dataclasses.Field, value: Any) -> None:
     meta = item.metadata
     choices = meta["choices"]
     if choices is not None and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        names = [choice if isinstance(choice, str) else str(choice).lower() for choice in choices]
+        near = difflib.get_close_matches(str(value), names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{item.name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+        raise ConfigError(f"{item.name}: expected one of {', '.join(names)}, got {value!r}{hint}")
     for number in value if isinstance(value, tuple) else (value,):
         if number is None or isinstance(number, (str, dict)):
             continue

@@ -114,13 +114,19 @@ class _Trainer(ABC, Generic[ConfigT]):
             resume=resume,
             progress=self._progress,
             title=self.title,
+            choose=self._choose,
         )
+
+    # What the host decides before a step; nothing, unless a trainer says otherwise.
+    _choose: Callable[[], Any] | None = None
 
     def _prepare(self) -> None:
         """Do what is left to do before a run."""
 
     @abstractmethod
-    def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
+    def _loss(
+        self, model: nn.Module, batch: Batch, random: torch.Generator, *choice: Any
+    ) -> Tensor:
         """Give the loss of a batch."""
 
     @abstractmethod
@@ -226,7 +232,9 @@ class FlowMatchingTrainer(_Trainer[PretrainConfig]):
 
     title, settings = "pre-train", PretrainConfig
 
-    def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
+    def _loss(
+        self, model: nn.Module, batch: Batch, random: torch.Generator, *choice: Any
+    ) -> Tensor:
         pairs = Pairs(*batch)
         return flow_matching_loss(
             model, pairs.x0, pairs.x1, cond=pairs.cond, path=self._path, generator=random
@@ -299,11 +307,16 @@ class MLEFineTuner(_Trainer[FinetuneConfig]):
         random = torch.Generator().manual_seed(stream_seed(self.config.seed, "watch"))
         self._watch_x0 = noise_like(self._sight[0], random)
 
-    def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
-        pairs = Pairs(*batch)
+    def _choose(self) -> int:
         choices = self.config.solver_steps
         # The number of steps comes from the CPU's stream: drawing it on a GPU would wait for it.
-        steps = choices[int(torch.randint(len(choices), ()))]
+        return choices[int(torch.randint(len(choices), ()))]
+
+    def _loss(
+        self, model: nn.Module, batch: Batch, random: torch.Generator, *choice: Any
+    ) -> Tensor:
+        pairs = Pairs(*batch)
+        (steps,) = choice
         phi = self._solve(model, pairs, steps, gradient=self.config.gradient).y
         sigma = None if self.config.posterior == "fitted" else 1.0
         loss = reconstruction_loss(phi, pairs.x1, sigma=sigma)

@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fmft_fast.errors import CheckpointError, ConfigError, NonFiniteError
-from fmft_fast.train.batches import Batch, BatchSource, stream_seed
+from fmft_fast.train.batches import BatchSource, stream_seed
 from fmft_fast.train.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -24,14 +23,22 @@ from fmft_fast.train.config import FitConfig, changes
 from fmft_fast.train.interrupt import stop_requests
 from fmft_fast.train.logging import RunLog
 from fmft_fast.train.monitors import Monitor
-from fmft_fast.train.optim import average_decay, lr_factor, make_optimizer, pick_device
+from fmft_fast.train.optim import lr_factor, pick_device
 from fmft_fast.train.progress import FitResult, Progress, load_random_state, random_state
+from fmft_fast.train.step import Choose, Loss, TrainStep, own_stream
 
-Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 # Keys that a resumed run may change: they steer how long and how it reports, not what is learnt.
-FREE_ON_RESUME = {"steps", "patience", "log_every", "checkpoint_every", "keep_last", "tensorboard"}
+FREE_ON_RESUME = {
+    "steps",
+    "patience",
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "tensorboard",
+    "cuda_graph",
+}
 
 
 def fit(
@@ -46,6 +53,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     title: str = "train",
+    choose: Choose | None = None,
 ) -> FitResult:
     """Train `model`, reproducibly and resumably.
 
@@ -66,6 +74,8 @@ def fit(
         resume: continue from the folder's last checkpoint, if there is one.
         progress: show the bar and the table.
         title: what the bar is called.
+        choose: gives what the host decides before each step, from few possibilities; the loss gets
+            it as fourth argument. A CUDA graph cannot branch, so each has one of its own.
 
     Raises:
         NonFiniteError: loss, gradient or evaluation became NaN or infinite; names the step.
@@ -92,9 +102,12 @@ def fit(
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), stop_requests() as stop:
-            run = _Run(model, batches, loss, config, device, evaluate, monitors, folder, log)
-            run.start(resume)
-            return run.train(stop)
+            with own_stream(device, config.cuda_graph is not False):
+                run = _Run(
+                    model, batches, loss, config, device, evaluate, monitors, folder, log, choose
+                )
+                run.start(resume)
+                return run.train(stop)
     finally:
         log.close()
 
@@ -113,19 +126,14 @@ class _Run:
         monitors: Sequence[Monitor],
         folder: Path | None,
         log: RunLog,
+        choose: Choose | None = None,
     ) -> None:
         self.model = model.to(device)
-        self.batches, self.loss, self.config, self.log = batches, loss, config, log
+        self.batches, self.config, self.log = batches, config, log
         self.evaluate, self.monitors = evaluate, monitors
         self.device, self.folder = device, folder
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer, self.schedule = make_optimizer(self.parameters, config)
-        self.average = (
-            AveragedModel(model, multi_avg_fn=self._average)
-            if config.ema_decay is not None
-            else None
-        )
         self.random = torch.Generator(device).manual_seed(stream_seed(config.seed, "noise"))
+        self.step = TrainStep(self.model, batches, loss, config, device, self.random, choose)
         torch.manual_seed(stream_seed(config.seed, "global"))
         self.store = (
             CheckpointStore(folder / "checkpoints", keep_last=config.keep_last) if folder else None
@@ -137,7 +145,7 @@ class _Run:
 
     @property
     def weights_to_use(self) -> nn.Module:
-        return self.model if self.average is None else self.average.module
+        return self.model if self.step.average is None else self.step.average.module
 
     def start(self, resume: bool) -> None:
         """Resume, or begin anew with an evaluation of the model as it came."""
@@ -177,43 +185,30 @@ class _Run:
         return self._finish(reason)
 
     def _lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return self.config.lr * lr_factor(self.done.step, self.config)
 
     def _patience_spent(self) -> bool:
         return self.config.patience is not None and self.done.stale >= self.config.patience
 
     def _train_step(self) -> None:
-        batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in self.batches.next())
-        self.optimizer.zero_grad(set_to_none=True)
         try:
-            loss = self.loss(self.model, batch, self.random)
-            loss.backward()
+            loss, norm = self.step(self.done.step)
         except NonFiniteError as error:
             self._refuse(self.done.step + 1, f"solve inside the loss ({error})")
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
-        self.optimizer.step()
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
         self.done.step += 1
-        self.pending.append((self.done.step, loss.detach(), norm))
-
-    def _average(self, averaged: Any, current: Any, count: Any) -> None:
-        """Move averaged parameters towards the current ones."""
-        assert self.config.ema_decay is not None
-        decay = average_decay(self.done.step, self.config.ema_decay)
-        get_ema_multi_avg_fn(decay)(averaged, current, count)
+        self.pending.append((self.done.step, loss, norm))
 
     def _flush(self) -> None:
         """Bring losses to the host and refuse the first that is not finite."""
         if not self.pending:
             return
-        pairs = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.pending])
+        measured = [x for _, loss, norm in self.pending for x in (loss, norm)]
         # sync: the one place where the loop waits for the device, every log_every steps.
-        for (step, *_), (loss, norm) in zip(self.pending, pairs.tolist(), strict=True):
+        values = (
+            torch.stack(measured).tolist() if len(measured) > 2 else [float(x) for x in measured]
+        )
+        pairs = zip(values[::2], values[1::2], strict=True)
+        for (step, *_), (loss, norm) in zip(self.pending, pairs, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._refuse(step, "loss" if not math.isfinite(loss) else "gradient norm")
             self.done.window.append(loss)
@@ -243,6 +238,7 @@ class _Run:
         except NonFiniteError as error:
             self._refuse(self.done.step, f"solve inside the evaluation ({error})")
         self.model.train()
+        self.step.check()
         for name, value in measured.items():
             if not math.isfinite(value):
                 self._refuse(self.done.step, f"evaluated {name}")
@@ -301,12 +297,12 @@ class _Run:
         self.store.save(checkpoint, best=best)
 
     def _state(self) -> dict[str, Any]:
+        average = self.step.average
         return {
             # Without averaging the weights to use are the raw ones; they are not written twice.
-            "raw": self.model.state_dict() if self.average is not None else None,
-            "averaged": int(self.average.n_averaged) if self.average is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": {"last_epoch": self.schedule.last_epoch},
+            "raw": None if average is None else self.model.state_dict(),
+            "averaged": None if average is None else average.count,
+            "optimizer": self.step.optimizer.describe(self._lr()),
             "random": random_state(self.random),
             "batches": self.batches.state(),
             "monitors": {monitor.name: monitor.state() for monitor in self.monitors},
@@ -320,13 +316,12 @@ class _Run:
         self._check_config(checkpoint.config, path)
         state = checkpoint.training
         self.model.load_state_dict(dict(state["raw"] or checkpoint.model))
-        if self.average is not None:
-            self.average.module.load_state_dict(dict(checkpoint.model))
-            self.average.n_averaged.fill_(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * lr_factor(self.schedule.last_epoch, self.config)
+        average = self.step.average
+        if average is not None:
+            average.module.load_state_dict(dict(checkpoint.model))
+            average.count = state["averaged"]
+        self.step.optimizer.restore(state["optimizer"])
+        self.step.forget()
         self.batches.load_state(state["batches"])
         for monitor in self.monitors:
             monitor.load_state(state["monitors"].get(monitor.name, {}))
@@ -367,7 +362,7 @@ class _Run:
             weights = self._best()
         if self.store is not None:
             self.store.link("final", selected)
-        if self.average is not None or selected != self.done.step:
+        if self.step.average is not None or selected != self.done.step:
             self.model.load_state_dict(dict(weights))
         self.model.eval()
         metrics = next((row for row in self.done.history if row["step"] == selected), {})

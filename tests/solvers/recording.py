@@ -30,11 +30,13 @@ class Double:
         self.records = self.replays = 0
         self.reason = None
 
-    def record(self, work, generators=()):
+    def record(self, work, generators=(), *, rehearse=True):
         if self.reason:
             raise CaptureError(self.reason)
         self.records += 1
-        work()
+        self.generators = generators
+        if rehearse:
+            work()
         return Rerun(self, work)
 
 

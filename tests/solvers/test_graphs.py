@@ -230,7 +230,7 @@ def test_the_cache_is_bounded_and_lets_go(double):  # noqa: F811
 
 
 def test_nothing_recorded_keeps_a_field_alive(double, monkeypatch):  # noqa: F811
-    def record(work, generators=()):
+    def record(work, generators=(), *, rehearse=True):
         outputs = work()
         return type("Recorded", (), {"outputs": outputs, "replay": lambda self: None})()
 
