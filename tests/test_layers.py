@@ -21,7 +21,7 @@ LAYERS = (
 )
 SHARED = {"errors", "version"}
 # The one arrow back: a kernel file implements what ops declares, and imports nothing else of it.
-DECLARED = {"fmft_fast.ops.contract", "fmft_fast.ops.layout"}
+DECLARED = {f"fmft_fast.ops.{name}" for name in ("contract", "layout", "network", "trajectory")}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -91,6 +91,68 @@ class TrajectoryKernels(Protocol):
 
         wanted: booleans in the place of tensors. A parameter's gradient has its full shape, with
         zeros in columns that the network does not read. The result is deterministic.
+        """
+        ...
+
+
+class AdaptiveTableau(Protocol):
+    """What adaptive kernels read of a tableau (see `fmft_fast.solvers.tableau.Tableau`)."""
+
+    @property
+    def order(self) -> int: ...  # noqa: D102
+    @property
+    def a(self) -> tuple[Row, ...]: ...  # noqa: D102
+    @property
+    def b(self) -> Row: ...  # noqa: D102
+    @property
+    def b_err(self) -> Row | None: ...  # noqa: D102
+    @property
+    def c(self) -> Row: ...  # noqa: D102
+    @property
+    def dense(self) -> tuple[Row, ...]: ...  # noqa: D102
+
+
+class AdaptiveSolve(NamedTuple):
+    """An adaptive solve.
+
+    Attributes:
+        outcome: "done", or why it ended early: "too many steps", "underflow", "not finite".
+        out: [T, batch, state].
+        program: the accepted steps, with the weights of the dense output at every time.
+        kept: what `backward` wants; None if nothing is kept or the solve ended early.
+        rejected: number of rejected steps.
+        evaluations: number of evaluations of the field.
+    """
+
+    outcome: str
+    out: Tensor
+    program: Program
+    kept: Any
+    rejected: int
+    evaluations: int
+
+
+class AdaptiveKernels(TrajectoryKernels, Protocol):
+    """Kernels that control the steps themselves."""
+
+    def adaptive(
+        self,
+        network: Network,
+        tableau: AdaptiveTableau,
+        control: Control,
+        inputs: Inputs,
+        t: list[float],
+        keep: Keep,
+    ) -> AdaptiveSolve:
+        """Solve with the step control of `odeint`, which accepts the same steps up to rounding.
+
+        Args:
+            network: the field, without tables.
+            tableau: a method whose last stage is the first of the next step ("FSAL").
+            control: tolerances and bounds of the step control.
+            inputs: the tensors.
+            t: [T] two or more times, in one direction.
+            keep: see `forward`.
         """
         ...
 

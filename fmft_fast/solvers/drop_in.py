@@ -105,9 +105,14 @@ def _combine(event_fn: Callable, y0: State, t: Any) -> Callable:
 def integrate(problem: Problem) -> Tensor:
     """The flat solution [T, *state] of a normalised problem."""
     if len(problem.t) == 1 or problem.y0.numel() == 0:
-        solution = problem.y0.expand(len(problem.t), *problem.y0.shape)
         _report(problem, 0)
-    elif problem.spec.family == "adaptive":
+        return problem.y0.expand(len(problem.t), *problem.y0.shape)
+    solution = integrate_fused(problem)
+    return _integrate_by_steps(problem) if solution is None else solution
+
+
+def _integrate_by_steps(problem: Problem) -> Tensor:
+    if problem.spec.family == "adaptive":
         solver = _adaptive_solver(problem)
         solution = integrate_adaptive(problem, solver)
         report(solver.stats())
@@ -124,12 +129,8 @@ def integrate(problem: Problem) -> Tensor:
         )
         _report(problem, 0)
     else:
-        solution = integrate_fused(problem)
-        if solution is None:
-            solution, grid = integrate_fixed(
-                problem, lambda: make_stepper(problem), problem.options
-            )
-            _report(problem, len(grid.h), grid.h[-1])
+        solution, grid = integrate_fixed(problem, lambda: make_stepper(problem), problem.options)
+        _report(problem, len(grid.h), grid.h[-1])
     return solution
 
 

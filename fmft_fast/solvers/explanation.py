@@ -81,7 +81,8 @@ def explain(
     if reason is not None:
         return Explanation(False, steps, reason=reason)
     assert problem.spec.tableau is not None
-    found = find_route(field, x0, problem.spec.tableau.advancing.stages, backend, cond)
+    stages, adaptive = problem.spec.tableau.stages, problem.spec.family == "adaptive"
+    found = find_route(field, x0, stages, backend, cond, adaptive)
     if isinstance(found, NotFusable):
         return Explanation(False, steps, reason=found.reason, where=found.where)
     return Explanation(True, found.kernels.name, found.plan)

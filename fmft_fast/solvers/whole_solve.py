@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,17 @@ from ..ops.backend import choose_trajectory
 from ..ops.capture import place
 from ..ops.contract import is_traced
 from ..ops.network import Inputs, Network
-from ..ops.trajectory import Keep, Program, TrajectoryKernels, flatten, rebuild, run
+from ..ops.trajectory import (
+    AdaptiveKernels,
+    AdaptiveSolve,
+    Control,
+    Keep,
+    Program,
+    TrajectoryKernels,
+    flatten,
+    rebuild,
+    run,
+)
 from .fixed import Grid, make_grid, stage_times
 from .inputs import Problem, real_dtype
 from .stats import SolveStats, report
@@ -86,27 +96,54 @@ class Route:
     cond: Tensor | None
 
     def solve(self, program: Program, y0: Tensor, low_memory: bool) -> Tensor:
-        """The outputs [K, *state] of a program.
+        """The outputs [K, *state] of fixed steps.
 
         Args:
             program: the steps.
             y0: initial state.
             low_memory: keep stage inputs only, unless the activations are few.
         """
-        lead = y0.shape[:-1]
-        times = None
+        inputs = self._bind(y0, program.times)
+        wants_grad = _wants_grad(inputs)
+        keep = _what_to_keep(program, inputs, low_memory) if wants_grad else "nothing"
+        with torch.no_grad():
+            out, kept = self.kernels.forward(program, inputs, keep)
+        if wants_grad:
+            out = self._attach(out, program, inputs, kept)
+        return self.plan.restore(out, y0.shape[:-1])
+
+    def solve_adaptively(
+        self, tableau: Tableau, control: Control, y0: Tensor, times: Sequence[float]
+    ) -> tuple[Tensor, AdaptiveSolve] | None:
+        """The states at `times`, [T, *state], with step control; None if it ended early."""
+        inputs = self._bind(y0, None)
+        wants_grad = _wants_grad(inputs)
+        keep = "activations" if wants_grad else "nothing"
+        with torch.no_grad():
+            found = cast(AdaptiveKernels, self.kernels).adaptive(
+                self.plan.network, tableau, control, inputs, list(times), keep
+            )
+        if found.outcome != "done":
+            return None
+        out = found.out
+        if wants_grad:
+            out = self._attach(out, found.program, inputs, found.kept)
+        return self.plan.restore(out, y0.shape[:-1]), found
+
+    def _bind(self, y0: Tensor, times: Tensor | None) -> Inputs:
         if self.plan.needs_tables:
-            times = place(program.times.reshape(-1).to(y0.dtype), y0.device)
-        inputs = self.plan.bind(times, self.cond, lead)
-        inputs.y0 = flat = self.plan.flatten(y0)
-        tensors = flatten(inputs)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            keep = _what_to_keep(program, flat, low_memory)
-            out = FusedSolve.apply(self.kernels, program, inputs, keep, *tensors)
-            assert isinstance(out, Tensor)
-        else:
-            out, _ = self.kernels.forward(program, inputs, "nothing")
-        return self.plan.restore(out, lead)
+            assert times is not None
+            times = place(times.reshape(-1).to(y0.dtype), y0.device)
+        inputs = self.plan.bind(times, self.cond, y0.shape[:-1])
+        inputs.y0 = self.plan.flatten(y0)
+        return inputs
+
+    def _attach(self, out: Tensor, program: Program, inputs: Inputs, kept: Any) -> Tensor:
+        """Give the outputs their place in the graph."""
+        solved = Solved(self.kernels, program, out, kept, inputs)
+        attached = SolvedInOneCall.apply(solved, *flatten(inputs))
+        assert isinstance(attached, Tensor)
+        return attached
 
 
 def find_route(
@@ -115,6 +152,7 @@ def find_route(
     stages: int,
     backend: str = "auto",
     cond: Tensor | None = None,
+    adaptive: bool = False,
 ) -> Route | NotFusable:
     """How the solve runs in one kernel call, or why it does not.
 
@@ -124,6 +162,7 @@ def find_route(
         stages: of one step of the method.
         backend: as in `solve`.
         cond: condition of the field, or None.
+        adaptive: whether the kernels have to control the steps.
     """
     if fusion_mode() == "off":
         return NotFusable('fusion is off: fused("off") or FMFT_FUSED=0')
@@ -141,7 +180,13 @@ def find_route(
         return plan
     rows = y0.numel() // plan.network.state
     kernels = choose_trajectory(plan.network, stages, rows, y0, backend)
-    return NotFusable(kernels) if isinstance(kernels, str) else Route(plan, kernels, cond)
+    if isinstance(kernels, str):
+        return NotFusable(kernels)
+    if adaptive and plan.needs_tables:
+        return NotFusable("the times of adaptive steps are not known before, but time is embedded")
+    if adaptive and not hasattr(kernels, "adaptive"):
+        return NotFusable(f"the kernels of backend {kernels.name} have no step control")
+    return Route(plan, kernels, cond)
 
 
 def route_or_none(found: Route | NotFusable) -> Route | None:
@@ -153,48 +198,55 @@ def route_or_none(found: Route | NotFusable) -> Route | None:
     return None
 
 
-class FusedSolve(torch.autograd.Function):
-    """A whole solve. Inputs: kernels, program, inputs, what to keep, and all tensors of inputs."""
+@dataclass
+class Solved:
+    """A solve that was done, and what its backward pass needs besides the tensors."""
+
+    kernels: TrajectoryKernels
+    program: Program
+    out: Tensor
+    kept: Any
+    like: Inputs
+
+
+class SolvedInOneCall(torch.autograd.Function):
+    """The outputs of a solve as a function of the tensors that went into it."""
 
     @staticmethod
-    def forward(ctx, kernels, program, inputs, keep, *tensors):
-        """Run all steps."""
-        plain = rebuild(inputs, [x.detach() for x in tensors])
-        out, ctx.kept = kernels.forward(program, plain, keep)
-        ctx.kernels, ctx.program, ctx.counts = kernels, program, _counts(inputs)
+    def forward(ctx, solved, *tensors):
+        """Hand out what was computed before."""
+        out, solved.out = solved.out, None
+        like = solved.like
+        # The structure alone: the tensors are kept by torch, which sees changes in place.
+        lists = ([None] * len(x) for x in (like.parameters, like.tables, like.conds))
+        solved.like = Inputs(None, *lists)
+        ctx.solved = solved
         ctx.save_for_backward(*tensors)
         return out
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Run the discrete adjoint, or differentiate plain torch where it is to be repeated."""
-        tensors = ctx.saved_tensors
-        wants = ctx.needs_input_grad[4:]
+        """Run the discrete adjoint, or differentiate plain torch where that is to be repeated."""
+        solved, tensors, wants = ctx.solved, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            out = run(ctx.program, rebuild(ctx.counts, list(tensors)))
+            out = run(solved.program, rebuild(solved.like, list(tensors)))
             asked = [x for x, wanted in zip(tensors, wants, strict=True) if wanted]
             found = iter(
                 torch.autograd.grad(out, asked, grad, create_graph=True, allow_unused=True)
             )
-            return None, None, None, None, *(next(found) if w else None for w in wants)
-        plain = rebuild(ctx.counts, [x.detach() for x in tensors])
-        wanted = rebuild(ctx.counts, list(wants))
-        grads = ctx.kernels.backward(ctx.program, plain, ctx.kept, grad, wanted)
-        return None, None, None, None, *flatten(grads)
+            return None, *(next(found) if wanted else None for wanted in wants)
+        inputs, wanted = (rebuild(solved.like, list(x)) for x in (tensors, wants))
+        grads = solved.kernels.backward(solved.program, inputs, solved.kept, grad, wanted)
+        return None, *flatten(grads)
 
 
-def _counts(inputs: Inputs) -> Inputs:
-    """The structure of inputs without its tensors."""
-    return Inputs(
-        None,
-        [None] * len(inputs.parameters),
-        [None] * len(inputs.tables),
-        [None] * len(inputs.conds),
-    )
+def _wants_grad(inputs: Inputs) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in flatten(inputs))
 
 
-def _what_to_keep(program: Program, y: Tensor, low_memory: bool) -> Keep:
-    if not low_memory:
+def _what_to_keep(program: Program, inputs: Inputs, low_memory: bool) -> Keep:
+    y = inputs.y0
+    if not low_memory or y is None:
         return "activations"
     width = sum(layer.width for layer in program.network.layers)
     size = program.steps * program.stages * y.shape[0] * width * y.element_size()
@@ -243,6 +295,7 @@ def is_finite(state: Tensor) -> bool:
 
 def obstacle(problem: Problem) -> str | None:
     """What of the call of `odeint`, apart from the field, stands in the way."""
+    options, family = problem.options, problem.spec.family
     if problem.shapes is not None:
         return "the state is a tuple"
     if problem.callbacks:
@@ -251,19 +304,30 @@ def obstacle(problem: Problem) -> str | None:
         return f"the field works in {problem.field.dtype}"
     if torch.is_grad_enabled() and problem.t.requires_grad:
         return "t requires grad"
-    if problem.spec.family != "fixed":
-        return f"{problem.method} is no explicit Runge-Kutta method with fixed steps"
-    if problem.options.perturb:
-        return "option perturb moves the times"
-    if problem.options.interp != "linear":
-        return f'option interp is "{problem.options.interp}"'
+    if family == "fixed":
+        if options.perturb:
+            return "option perturb moves the times"
+        if options.interp != "linear":
+            return f'option interp is "{options.interp}"'
+        return None
+    if family != "adaptive":
+        return f"{problem.method} is no explicit Runge-Kutta method"
+    assert problem.spec.tableau is not None
+    if not problem.spec.tableau.fsal:
+        return f"the last stage of {problem.method} is not the first one of the next step"
+    if problem.norm is not None or any(isinstance(x, Tensor) for x in (problem.rtol, problem.atol)):
+        return "the error has a norm or tolerances of its own"
+    if options.step_t is not None or options.jump_t is not None:
+        return "option step_t or jump_t is given"
+    if options.dtype != torch.float64:
+        return f"option dtype is {options.dtype}"
     return None
 
 
 def integrate_fused(problem: Problem) -> Tensor | None:
-    """The states at problem.t, [T, *state], of fixed steps in one call.
+    """The states at problem.t, [T, *state], in one call.
 
-    None if that is impossible, or if a state is not finite: the single steps find out where.
+    None if that is impossible, or if the solve does not end well: the single steps find out where.
     """
     if torch.compiler.is_compiling():
         return None
@@ -271,11 +335,39 @@ def integrate_fused(problem: Problem) -> Tensor | None:
     if reason is not None:
         route_or_none(NotFusable(reason))
         return None
-    assert problem.spec.tableau is not None
-    tableau, options, y0 = problem.spec.tableau.advancing, problem.options, problem.y0
-    route = route_or_none(find_route(problem.field.base, y0, tableau.stages))
+    tableau, fixed = problem.spec.tableau, problem.spec.family == "fixed"
+    assert tableau is not None
+    stages = tableau.advancing.stages if fixed else tableau.stages
+    route = route_or_none(find_route(problem.field.base, problem.y0, stages, adaptive=not fixed))
     if route is None:
         return None
+    integrate = _integrate_fixed if fixed else _integrate_adaptive
+    return integrate(problem, route, tableau)
+
+
+def _integrate_adaptive(problem: Problem, route: Route, tableau: Tableau) -> Tensor | None:
+    options = problem.options
+    assert isinstance(problem.rtol, float) and isinstance(problem.atol, float)
+    sizes = (options.safety, options.ifactor, options.dfactor, options.min_step, options.max_step)
+    control = Control(
+        problem.rtol,
+        problem.atol,
+        *(float(x) for x in sizes),
+        max_num_steps=int(options.max_num_steps),
+        first_step=None if options.first_step is None else abs(float(options.first_step)),
+    )
+    found = route.solve_adaptively(tableau, control, problem.y0, problem.t.tolist())
+    if found is None:
+        return None
+    out, solve = found
+    steps = solve.program.steps
+    last = abs(float(solve.program.h[-1])) if steps else None
+    report(SolveStats(problem.method, solve.evaluations, steps, solve.rejected, last))
+    return out
+
+
+def _integrate_fixed(problem: Problem, route: Route, tableau: Tableau) -> Tensor | None:
+    tableau, options, y0 = tableau.advancing, problem.options, problem.y0
     if options.step_size is None and options.grid_constructor is None:
         grid, nodes, wanted = None, problem.t.tolist(), tuple(range(len(problem.t)))
     else:
@@ -285,12 +377,11 @@ def integrate_fused(problem: Problem) -> Tensor | None:
         route.plan.network, tableau, nodes, problem.t.dtype, problem.field.time_dtype, wanted
     )
     states = route.solve(program, y0, low_memory=False)
-    solution = states if grid is None else _interpolate(states, wanted, grid, problem.t)
     if y0.device.type == "cpu" and not is_finite(states[-1]):
         return None
-    count = program.steps * program.stages
-    report(SolveStats(problem.method, count, program.steps, 0, abs(float(program.h[-1]))))
-    return solution
+    count, last = program.steps * program.stages, abs(float(program.h[-1]))
+    report(SolveStats(problem.method, count, program.steps, 0, last))
+    return states if grid is None else _interpolate(states, wanted, grid, problem.t)
 
 
 def _states_between(grid: Grid) -> tuple[int, ...]:
