@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import builtins
 import dis
+import gc
+import inspect
 import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import BuiltinFunctionType, CodeType, FrameType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 import torch
 from torch import nn
 
-from .refusal import OWN, TORCH, Refusal, source_line, user_line
+from .refusal import OWN, TORCH, Refusal, is_library, source_line, user_line
 
 _STORES = {
     "STORE_ATTR": "sets an attribute",
@@ -41,6 +52,7 @@ _STORES = {
     "LOAD_SPECIAL": "has a with statement",
     "PUSH_EXC_INFO": "has a try or with statement",
 }
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LOADS = (
     "LOAD_ATTR",
     "LOAD_GLOBAL",
@@ -54,6 +66,17 @@ _LOADS = (
 )
 _REMEDY = (
     "compute only, and count or log outside of the field; a field with effects is called as written"
+)
+
+_MUTATORS = set(
+    "append extend insert pop popitem remove clear update setdefault add discard sort reverse "
+    "appendleft popleft write put send throw seek".split()
+)
+_MUTATING_DUNDERS = set(
+    "__setattr__ __delattr__ __setitem__ __delitem__ __iadd__ __ior__ __setstate__".split()
+)
+_ACTING_BUILTINS = set(
+    "print setattr delattr exec eval compile open input globals locals __import__ breakpoint".split()
 )
 
 # Files of torch that only compute, and what of them may be called from a field.
@@ -76,7 +99,6 @@ _MODULE_METHODS = {
     "<listcomp>",
     "forward",
 }
-# nn.Module.__getattr__ serves a parametrized weight by a property, which may be anything.
 _PLAIN_BUILTINS = {
     getattr(builtins, name)
     for name in (
@@ -114,7 +136,7 @@ def scan(code: CodeType) -> None:
         if i.starts_line is not None:
             number = getattr(i, "line_number", None) or i.starts_line
             line = line if number is True else number
-        problem = _STORES.get(i.opname)
+        problem = _STORES.get(i.opname) or _passes_on(i)
         if i.opname in ("STORE_DEREF", "DELETE_DEREF") and i.argval in code.co_freevars:
             problem = f"sets {i.argval} of the enclosing function"
         if pending:
@@ -142,6 +164,85 @@ def scan(code: CodeType) -> None:
             )
 
 
+def _passes_on(i: dis.Instruction) -> str | None:
+    """What is wrong with a load of something with an effect that is not called on the spot.
+
+    A builtin that another builtin calls (`map(log.append, ...)`) is not seen when it is called.
+    """
+    if i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval in _MUTATING_DUNDERS:
+        return f"uses {i.argval}"
+    if i.opname == "LOAD_ATTR" and i.argval in _MUTATORS and "NULL" not in i.argrepr:
+        return f"passes on {i.argval}"
+    if i.opname == "LOAD_GLOBAL" and "NULL" not in i.argrepr and i.argval in _ACTING_BUILTINS:
+        return f"uses {i.argval}"
+    return None
+
+
+def _check_callables(frame: FrameType) -> None:
+    """Refuse objects in reach of a function whose calls would not be seen."""
+    code = frame.f_code
+    names = set(code.co_names)
+    scope = frame.f_globals
+    todo = [(n, scope[n], 0) for n in sorted(names & scope.keys())]
+    todo += [(n, v, 0) for n, v in frame.f_locals.items()]
+    seen: set[int] = set()
+    while todo:
+        name, value, depth = todo.pop()
+        if id(value) in seen or isinstance(value, torch.Tensor):
+            continue
+        seen.add(id(value))
+        if callable(value) and not _is_seen(value):
+            raise Refusal(
+                f"the field reads {name}, a {type(value).__name__}, whose calls cannot be watched",
+                source_line(code.co_filename, code.co_firstlineno),
+                "use plain functions and modules",
+            )
+        if hasattr(type(value), "__next__"):
+            raise Refusal(
+                f"the field reads {name}, an iterator, which changes when it is read",
+                source_line(code.co_filename, code.co_firstlineno),
+                "use a list or tuple",
+            )
+        if depth < 4 and not _is_trusted_module(value):
+            for n in names & _attributes(value):
+                todo.append((n, inspect.getattr_static(value, n, None), depth + 1))
+        if type(value) in (list, tuple, dict) and len(value) < 1000:
+            items = value.values() if isinstance(value, dict) else value
+            todo += [(name, v, depth + 1) for v in items if depth < 4]
+
+
+def _attributes(value: Any) -> set[str]:
+    if isinstance(value, (type, ModuleType)):
+        return set(vars(value))
+    own = vars(value).keys() if hasattr(value, "__dict__") else ()
+    return {*own, *(n for base in type(value).__mro__[:-1] for n in vars(base))} - _DERIVED
+
+
+_DERIVED = set(dir(nn.Module))
+
+
+def _is_trusted_module(value: Any) -> bool:
+    return isinstance(value, ModuleType) and (
+        value is math or value.__name__.partition(".")[0] == "torch"
+    )
+
+
+def _is_seen(value: Any) -> bool:
+    """Whether a call of this is one that the profile function sees, or known to be harmless."""
+    if isinstance(value, (MethodType, staticmethod, classmethod)):
+        return isinstance(value.__func__, FunctionType)
+    if isinstance(value, (FunctionType, type, nn.Module)):
+        return True
+    if isinstance(value, BuiltinFunctionType):
+        return _computes(value) or isinstance(value.__self__, (type(None), ModuleType))
+    if type(value).__module__ == "numpy" and type(value).__name__ == "ufunc":
+        return True
+    # Methods of builtin types in their class, and objects with a __call__ in Python.
+    return isinstance(value, (MethodDescriptorType, WrapperDescriptorType)) or isinstance(
+        inspect.getattr_static(type(value), "__call__", None), FunctionType
+    )
+
+
 def _names(argval: Any) -> tuple[str, ...]:
     return argval if isinstance(argval, tuple) else (argval,)
 
@@ -158,6 +259,7 @@ class Watch:
     def __init__(self) -> None:
         self.codes: dict[CodeType, dict[str, Any]] = {}
         self.modules: dict[int, nn.Module] = {}
+        self.fresh: dict[int, list] = {}
         self.paused = False
         self.refusal: Refusal | None = None
 
@@ -196,12 +298,20 @@ class Watch:
             return  # torch's own way into the tracer
         if not file.startswith(TORCH):
             if code not in self.codes:
-                scan(code)
+                try:
+                    scan(code)
+                    _check_callables(frame)
+                except Refusal as refusal:
+                    found = refusal.result
+                    if is_library(file):
+                        raise Refusal(found.reason, user_line(caller), found.remedy) from None
+                    raise
                 self.codes[code] = frame.f_globals
             return
         if file.startswith(_MODULES):
             if code.co_name == "_call_impl":
                 module = frame.f_locals["self"]
+                check_module(module, user_line(caller))
                 self.modules[id(module)] = module
             if code.co_name in _MODULE_METHODS or by.startswith(TORCH):
                 return
@@ -219,6 +329,8 @@ class Watch:
             return
         if frame.f_code.co_filename.endswith(f"{os.sep}contextlib.py"):
             return
+        if getattr(called, "__name__", "") in ("append", "extend") and self._is_fresh(called):
+            return
         if not _computes(called):
             raise Refusal(
                 f"the field calls {getattr(called, '__qualname__', called)}, which may have an "
@@ -226,6 +338,45 @@ class Watch:
                 user_line(frame),
                 _REMEDY,
             )
+
+    def _is_fresh(self, method: Any) -> bool:
+        """Whether a list is in the hands of running functions only, and of nothing that stays."""
+        owner = method.__self__
+        if type(owner) is not list:
+            return False
+        if id(owner) not in self.fresh:
+            others = [
+                r
+                for r in gc.get_referrers(owner)
+                if r is not method and r is not self.fresh and not isinstance(r, FrameType)
+            ]
+            if others:
+                return False
+            self.fresh[id(owner)] = owner
+        return True
+
+
+def check_module(module: nn.Module, where: str | None = None) -> None:
+    """Refuse what is no plain module, before anything of it runs."""
+    name, home = type(module).__name__, type(module).__module__
+    if home.startswith(("torch.jit", "torch._dynamo", "torch.distributed", "torch.ao", "torch.fx")):
+        raise Refusal(
+            f"{name} is compiled, distributed or quantised", where, "pass the module inside"
+        )
+    if isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)):
+        raise Refusal(f"{name} is no plain module", where, "pass the module inside")
+    if any(module.__dict__.get(hooks) for hooks in HOOKS):
+        raise Refusal(
+            f"{name} has hooks", where, "remove them (weight_norm: fuse it into the weight)"
+        )
+    if "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl"):
+        raise Refusal(f"forward of {name} was replaced or compiled", where)
+    if "parametrizations" in module._modules:
+        raise Refusal(
+            f"{name} has parametrizations",
+            where,
+            "torch.nn.utils.parametrize.remove_parametrizations",
+        )
 
 
 def _dotted(file: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,27 +15,30 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..ops.contract import is_traced
-from .guards import Guards, snapshot
-from .plan import _SEEN, Plan, check_modules, confirm, make_plan
+from .effects import Watch, check_module
+from .guards import CONTAINERS, Guards, snapshot
+from .plan import BATCH_MATTERS, Plan, confirm, make_plan
 from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
 
-_LIMIT = 64  # entries per field or code
+_LIMIT = 8  # results kept per field or code
+_SEEN = 8  # batch sizes of a field that are looked at
 _cache: dict[Any, list[_Entry]] = {}
 
 
 class _Entry:
     """A result, for which fields and arguments it holds, and what it depends on."""
 
-    __slots__ = ("parts", "about", "guards", "result", "seen", "rest")
+    __slots__ = ("parts", "about", "guards", "result", "seen", "refused", "rest")
 
     def __init__(self, parts: list[Any], about: tuple, rest: Any, guards: Guards, result: Any):
         self.parts, self.about, self.rest = parts, about, rest
         self.guards, self.result = guards, result
         self.seen: set[tuple[int, ...]] = set()
+        self.refused: set[tuple[int, ...]] = set()
 
     def matches(self, parts: tuple, about: tuple, rest: Any) -> bool:
         """Whether a call asks for this."""
-        if self.about != about:
+        if self.about != about or len(self.parts) != len(parts):
             return False
         for ref, part in zip(self.parts, parts, strict=True):
             if ref() is not part:
@@ -63,11 +67,8 @@ def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan |
             result = entry.result
             if isinstance(result, Plan):
                 lead = y0.shape[:-1]
-                if lead not in entry.seen and not _admit(entry, field, y0, cond, lead):
-                    return NotFusable(
-                        "what the field computes depends on the batch size",
-                        remedy="do not branch on the number of samples",
-                    )
+                if lead not in entry.seen and not _admit(entry, field, y0, cond):
+                    return NotFusable(*BATCH_MATTERS)
             return result
     return _find(field, y0, cond, key, parts, rest, about)
 
@@ -88,7 +89,13 @@ def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:
         return NotFusable(
             f"the state has the dtype {y0.dtype}", remedy="use float32 or float64 states"
         )
-    if y0.ndim == 0 or y0.numel() == 0 or y0.ndim > 5 or kind == "meta":
+    if (
+        y0.ndim == 0
+        or y0.numel() == 0
+        or y0.ndim > 5
+        or kind == "meta"
+        or y0.layout is not torch.strided
+    ):
         return NotFusable(f"the state has the shape {list(y0.shape)} on {kind}")
     if cond is not None and type(cond) is not Tensor and type(cond) is not nn.Parameter:
         return NotFusable(f"the condition is a {type(cond).__name__}, not a plain tensor")
@@ -136,16 +143,16 @@ def _of_function(f: FunctionType) -> tuple[Any, tuple, Any]:
     rest: list[Any] = [id(f.__globals__)]
     try:
         values = [cell.cell_contents for cell in cells or ()]
-    except ValueError:
-        values = [f]
+    except ValueError:  # a variable without a value: the trace will say so
+        return id(f), (f,), None
     for value in (*values, f.__defaults__, f.__kwdefaults__):
-        if isinstance(value, (nn.Module, Tensor, FunctionType)):
+        if type(value) in _WHOLE:
+            rest.append(value)
+        elif type(value) in CONTAINERS:
+            rest.append(snapshot(value))
+        else:
             parts.append(value)
             rest.append(None)
-        elif type(value) in _WHOLE:
-            rest.append(value)
-        else:
-            rest.append(snapshot(value))
     return f.__code__, tuple(parts), rest
 
 
@@ -155,37 +162,74 @@ _WHOLE = {int, float, str, bool, type(None)}
 def _find(
     field: Any, y0: Tensor, cond: Tensor | None, key: Any, parts: tuple, rest: Any, about: tuple
 ) -> Plan | NotFusable:
-    guards = Guards()
+    if sys.getprofile() is not None:
+        return NotFusable("a profiler is at work, so that calls cannot be watched")
+    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
+        return NotFusable("a CUDA graph is being captured", remedy="solve once before the capture")
+    watch = Watch()
     result: Plan | NotFusable
     try:
-        _walk_root(guards, field)
-        check_modules(list(guards.modules.values()))
-        result = make_plan(field, field, y0, cond, guards)
-    except Refusal as refusal:
-        result = refusal.result
-    except Exception as error:
-        where = _blame(error)
-        text = str(error).splitlines()[0] if str(error) else ""
-        result = NotFusable(f"{type(error).__name__} while it was traced: {text}", where)
-    _keep(key, _Entry(_weak(parts, key), about, rest, guards.seal(), result))
+        _check_root(field)
+        result = make_plan(field, y0, cond, watch)
+    except (Refusal, Exception) as error:
+        result = _refusal(error)
+    guards = Guards(watch.codes)
+    try:
+        _walk(guards, field)
+        if isinstance(result, Plan):
+            _check_reached(guards, watch, result.trace.outside)
+    except (Refusal, Exception) as error:
+        result = _refusal(error) if isinstance(result, Plan) else result
+    entry = _Entry(_weak(parts, key), about, rest, guards.release(), result)
+    entry.seen.add(y0.shape[:-1])
+    _keep(key, entry)
     return result
 
 
-def _walk_root(guards: Guards, field: Any) -> None:
+def _refusal(error: BaseException) -> NotFusable:
+    if isinstance(error, Refusal):
+        return error.result
+    text = str(error).splitlines()[0] if str(error) else ""
+    reason = f"{type(error).__name__} while it was traced: {text}"
+    return NotFusable(reason, _blame(error))
+
+
+def _check_root(field: Any) -> None:
+    if isinstance(field, nn.Module):
+        for module in field.modules():
+            check_module(module)
+    if isinstance(field, FunctionType) and field.__code__.co_filename.startswith(TORCH):
+        raise Refusal(
+            f"{field.__qualname__} is made by torch", None, "pass the function or module inside"
+        )
+
+
+def _walk(guards: Guards, field: Any) -> None:
     """Walk a field, without holding on to itself."""
     if isinstance(field, MethodType):
-        guards.walk(field.__self__)
+        guards.walk(field.__self__, "self")
         field = field.__func__
     if isinstance(field, FunctionType):
-        if field.__code__.co_filename.startswith(TORCH):
-            raise Refusal(
-                f"{field.__qualname__} is made by torch", None, "pass the function or module inside"
-            )
         guards.root(field)
-    elif isinstance(field, nn.Module) or hasattr(type(field), "__call__"):
-        guards.walk(field, type(field).__name__)
     else:
-        raise Refusal(f"a {type(field).__name__} is not callable")
+        guards.walk(field, type(field).__name__)
+    guards.finish()
+
+
+def _check_reached(guards: Guards, watch: Watch, outside: Sequence[Tensor]) -> None:
+    for module in watch.modules.values():
+        if id(module) not in guards.modules:
+            raise Refusal(
+                f"a {type(module).__name__} is reached in a way that cannot be followed",
+                remedy="keep it as a submodule, or in a variable that the field closes over",
+            )
+    for tensor in outside:
+        if id(tensor) not in guards.tensors:
+            raise Refusal(
+                f"a tensor of shape {list(tensor.shape)} is reached in a way that cannot be "
+                "followed",
+                remedy="keep it as a parameter, a buffer or an attribute",
+            )
 
 
 def _weak(parts: tuple, key: Any) -> list[Any]:
@@ -223,16 +267,16 @@ def _keep(key: Any, entry: _Entry) -> None:
     entries.append(entry)
 
 
-def _admit(
-    entry: _Entry, field: Any, y0: Tensor, cond: Tensor | None, lead: tuple[int, ...]
-) -> bool:
+def _admit(entry: _Entry, field: Any, y0: Tensor, cond: Tensor | None) -> bool:
     """Whether a plan holds for leading sizes that it has not met; after some, it is believed."""
+    lead = y0.shape[:-1]
+    if lead in entry.refused:
+        return False
     if len(entry.seen) >= _SEEN and 1 not in lead:
         return True
-    if not confirm(entry.result, field, y0, cond, field):
-        return False
-    entry.seen.add(lead)
-    return True
+    known = entry.seen if confirm(entry.result, field, y0, cond) else entry.refused
+    known.add(lead)
+    return known is entry.seen
 
 
 def _blame(error: BaseException) -> str | None:

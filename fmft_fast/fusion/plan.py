@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.network import Inputs, Network, evaluate
 from .effects import Watch
-from .guards import Guards
 from .hoist import Values, conditions, fitted, rows_suffice, tables_by_rows, tables_by_times
 from .recognise import Found, Recogniser
 from .refusal import Refusal
-from .tracer import Node, Trace, generalise, record
+from .tracer import Trace, alike, generalise, record
 
-# Leading sizes that a field is traced with: no usual widths, and not special to anyone's code.
-_SIZES = ((101, 103, 107, 109), (211, 223, 227, 229))
-_SEEN = 8
+# Leading sizes that a field is traced with; with the second ones it is tried on numbers as well.
+_SIZES = ((101, 103, 107, 109), (2, 3, 5, 7))
+BATCH_MATTERS = (
+    "what the field computes depends on the batch size",
+    None,
+    "do not branch on the number of samples",
+)
 
 
 class Plan:
@@ -144,71 +146,42 @@ def _by_rows(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 or value.numel() == 0 else value.contiguous()
 
 
-def trace_field(
-    call: Callable, y0: Tensor, cond: Tensor | None, guards: Guards, sizes: Sequence[int], root: Any
-) -> Trace:
-    """Record a field for some leading sizes, and note in the guards what it read."""
-    watch = Watch()
-    try:
-        trace = record(call, sizes, y0.shape[-1], y0, cond, watch)
-    except Refusal:
-        raise watch.refusal or Refusal("the trace was ended") from None
-    _check_reached(guards, watch, trace.outside)
-    return trace
-
-
-def _check_reached(guards: Guards, watch: Watch, outside: Sequence[Tensor]) -> None:
-    guards.code_ran(watch.codes)
-    for module in watch.modules.values():
-        if id(module) not in guards.modules:
-            raise Refusal(
-                f"a {type(module).__name__} is reached in a way that cannot be followed",
-                remedy="keep it as a submodule, or in a variable that the field closes over",
-            )
-    for tensor in outside:
-        if id(tensor) not in guards.tensors:
-            raise Refusal(
-                f"a tensor of shape {list(tensor.shape)} is reached in a way that cannot be followed",
-                remedy="keep it as a parameter, a buffer or an attribute",
-            )
-
-
-def make_plan(call: Callable, root: Any, y0: Tensor, cond: Tensor | None, guards: Guards) -> Plan:
+def make_plan(field: Callable, y0: Tensor, cond: Tensor | None, watch: Watch) -> Plan:
     """Trace a field twice, recognise its layers, and try the result on numbers."""
     axes = y0.ndim - 1
     sizes = [s[:axes] for s in _SIZES]
-    traces = [trace_field(call, y0, cond, guards, s, root) for s in sizes]
+    traces = [record(field, s, y0, cond, watch) for s in sizes]
     generalise(traces[0], traces[1], (sizes[0], sizes[1]))
-    like = torch.empty(0, dtype=y0.dtype, device=y0.device)
-    found = Recogniser(y0.shape[-1], axes, like).find(traces[0])
-    for node in (n for n in traces[0].nodes if n.tensor is not None):
-        tensor = node.tensor
+    for tensor in traces[0].outside:
         if tensor.device != y0.device and tensor.ndim:
             raise Refusal(
                 f"a tensor on {tensor.device} meets a state on {y0.device}",
                 remedy="move the field and the state to one device",
             )
-    plan = Plan(found, axes, like, traces[0])
-    _try(plan, call, y0, cond)
+    like = torch.empty(0, dtype=y0.dtype, device=y0.device)
+    plan = Plan(Recogniser(y0.shape[-1], axes, like).find(traces[0]), axes, like, traces[0])
+    if not confirm(plan, field, y0, cond):
+        raise Refusal(*BATCH_MATTERS)
+    _try(plan, field, y0, cond)
     return plan
 
 
 @torch.no_grad()
-def _try(plan: Plan, call: Callable, y0: Tensor, cond: Tensor | None) -> None:
+def _try(plan: Plan, field: Callable, y0: Tensor, cond: Tensor | None) -> None:
     """Compare network and field on two samples at two times; random numbers of our own."""
     g = torch.Generator().manual_seed(0)
-    lead, n = (2,) * plan.axes, y0.shape[-1]
+    lead, n = _SIZES[1][: plan.axes], y0.shape[-1]
     y = torch.randn(*lead, n, generator=g, dtype=torch.float64).to(y0)
     times = torch.tensor([0.3125, 0.8125], dtype=y0.dtype, device=y0.device)
     if cond is not None:
         for axis in range(min(plan.axes, cond.ndim)):
             if cond.shape[axis] == y0.shape[axis]:
-                take = torch.tensor([0, cond.shape[axis] - 1], device=cond.device)
-                cond = cond.index_select(axis, take)
+                rows = torch.arange(lead[axis], device=cond.device) % cond.shape[axis]
+                cond = cond.index_select(axis, rows)
     inputs = plan.bind(times, cond, lead)
     eps = torch.finfo(y0.dtype).eps
     for q, t in enumerate(times.unbind()):
-        want = call(t, y) if cond is None else call(t, y, cond)
+        want = field(t, y) if cond is None else field(t, y, cond)
         got = evaluate(plan.network, inputs, float(t), q, plan.flatten(y)).reshape(want.shape)
         size = want.abs().max().clamp(min=1e-3)
         slack = 1e4 if y0.device.type == "cpu" else 1e5
@@ -216,76 +189,10 @@ def _try(plan: Plan, call: Callable, y0: Tensor, cond: Tensor | None) -> None:
             raise Refusal("the recognised network gives other numbers than the field")
 
 
-def confirm(plan: Plan, call: Callable, y0: Tensor, cond: Tensor | None, root: Any) -> bool:
-    """Whether the field computes the same for the leading sizes of y0, which are new to the plan."""
-    sizes = tuple(y0.shape[:-1])
-    watch = Watch()
+def confirm(plan: Plan, field: Callable, y0: Tensor, cond: Tensor | None) -> bool:
+    """Whether the field computes the same for the leading sizes of y0, which the plan may not know."""
     try:
-        again = record(call, sizes, y0.shape[-1], y0, cond, watch)
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
+        again = record(field, y0.shape[:-1], y0, cond, Watch())
+    except (Refusal, Exception):
         return False
-    return _alike(plan.trace, again, sizes)
-
-
-def _alike(trace: Trace, again: Trace, sizes: Sequence[int]) -> bool:
-    from .tracer import Lead  # noqa: PLC0415
-
-    index = {id(n): i for i, n in enumerate(trace.nodes)}
-    other = {id(n): i for i, n in enumerate(again.nodes)}
-
-    def same(a: Any, b: Any) -> bool:
-        if isinstance(a, Node):
-            return isinstance(b, Node) and index[id(a)] == other[id(b)]
-        if isinstance(a, Lead):
-            return b == sizes[a.axis]
-        if isinstance(a, (tuple, list)):
-            return (
-                isinstance(b, (tuple, list))
-                and len(a) == len(b)
-                and all(same(p, q) for p, q in zip(a, b, strict=True))
-            )
-        if isinstance(a, slice):
-            return isinstance(b, slice) and same(
-                (a.start, a.stop, a.step), (b.start, b.stop, b.step)
-            )
-        return type(a) is type(b) and a == b
-
-    return (
-        len(trace.nodes) == len(again.nodes)
-        and index[id(trace.result)] == other[id(again.result)]
-        and all(
-            a.name == b.name
-            and same(a.args, b.args)
-            and a.kwargs.keys() == b.kwargs.keys()
-            and all(same(v, b.kwargs[k]) for k, v in a.kwargs.items())
-            for a, b in zip(trace.nodes, again.nodes, strict=True)
-        )
-    )
-
-
-def check_modules(modules: Sequence[nn.Module]) -> None:
-    """Refuse what is no plain module, before anything of it runs."""
-    from .guards import _HOOKS  # noqa: PLC0415
-
-    for module in modules:
-        cls = type(module)
-        name, home = cls.__name__, cls.__module__
-        if home.startswith(("torch.jit", "torch._dynamo", "torch.distributed", "torch.ao")):
-            raise Refusal(f"{name} is compiled, distributed or quantised", None, "pass the module")
-        if isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)):
-            raise Refusal(f"{name} is no plain module", None, "pass the module inside")
-        if any(module.__dict__.get(h) for h in _HOOKS):
-            raise Refusal(
-                f"a {name} has hooks", None, "remove them, or register them only where needed"
-            )
-        if "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl"):
-            raise Refusal(f"forward of a {name} was replaced or compiled")
-        if "parametrizations" in module._modules:
-            raise Refusal(
-                f"a {name} has parametrizations", None, "torch.nn.utils.parametrize.remove_..."
-            )
-        for p in (*module._parameters.values(), *module._buffers.values()):
-            if p is not None and type(p) not in (nn.Parameter, Tensor, nn.Buffer):
-                raise Refusal(f"a {name} holds a {type(p).__name__}, not a plain tensor")
+    return alike(plan.trace, again, y0.shape[:-1])

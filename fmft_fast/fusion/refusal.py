@@ -11,6 +11,8 @@ import torch
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OWN = os.path.dirname(__file__) + os.sep
+_PYTHON = os.path.dirname(os.__file__) + os.sep
+_SITE = os.sep + "site-packages" + os.sep
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ def source_line(file: str, line: int) -> str:
     return f"{os.path.basename(file)}:{line}" + (f": {text}" if text else "")
 
 
-def is_user_code(file: str) -> bool:
-    """Whether a file is neither torch's nor this package's."""
-    return not file.startswith((TORCH, OWN)) and not file.endswith(f"{os.sep}contextlib.py")
+def is_library(file: str) -> bool:
+    """Whether a file is torch's, this package's tracer or Python's own."""
+    return file.startswith((TORCH, OWN)) or (file.startswith(_PYTHON) and _SITE not in file)
 
 
 def user_line(frame: FrameType | None) -> str | None:
     """The innermost line of the user's that led to a frame."""
-    while frame is not None and frame.f_code.co_filename.startswith((TORCH, OWN)):
+    while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
     return source_line(frame.f_code.co_filename, frame.f_lineno) if frame else None

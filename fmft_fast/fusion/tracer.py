@@ -289,8 +289,12 @@ class Recorder(TorchFunctionMode):
     def _constant(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         found: list[Any] = []
         convert((args, tuple(kwargs.values())), found.append)
-        if any(isinstance(value, Tensor) for value in found) or kwargs.get("requires_grad"):
-            raise self._refuse("torch.tensor copies a tensor", "use the tensor itself, or .clone()")
+        if not all(
+            isinstance(v, (int, float, torch.dtype, torch.device, str, type(None))) for v in found
+        ):
+            raise self._refuse("torch.tensor copies a tensor or array", "use the tensor itself")
+        if kwargs.get("requires_grad"):
+            raise self._refuse("the field makes a leaf that requires grad")
         out = func(*args, **kwargs)
         self.made[id(out)] = out
         return out
@@ -373,14 +377,14 @@ class Trace:
 
 
 def record(
-    call: Callable, lead: Sequence[int], width: int, y0: Tensor, cond: Tensor | None, watch: Watch
+    field: Callable, lead: Sequence[int], y0: Tensor, cond: Tensor | None, watch: Watch
 ) -> Trace:
-    """Record a field for a state [*lead, width]."""
+    """Record a field for a state [*lead, state] that is otherwise like y0."""
     recorder = Recorder(y0.device, watch)
-    empty = {"dtype": y0.dtype, "device": "meta"}
+    kind: dict[str, Any] = {"dtype": y0.dtype, "device": "meta"}
     given = [
-        recorder.input("t", torch.empty((), **empty)),
-        recorder.input("x", torch.empty((*lead, width), **empty)),
+        recorder.input("t", torch.empty((), **kind)),
+        recorder.input("x", torch.empty((*lead, y0.shape[-1]), **kind)),
     ]
     if cond is not None:
         shape = list(cond.shape)
@@ -389,8 +393,11 @@ def record(
                 shape[axis] = lead[axis]
         meta = torch.empty(shape, dtype=cond.dtype, device="meta")
         given.append(recorder.input("cond", meta))
-    with recorder, watch.watching():
-        out = call(*given)
+    try:
+        with recorder, watch.watching():
+            out = field(*given)
+    except Refusal:
+        raise watch.refusal or Refusal("the trace was ended") from None
     if not isinstance(out, Tensor):
         raise Refusal(f"the field returns a {type(out).__name__}, not a tensor")
     return Trace(recorder.nodes, recorder.node_of(out), recorder.outside)
@@ -452,4 +459,33 @@ def _same_constant(a: Tensor | None, b: Tensor | None) -> bool:
         and not isinstance(a, torch.nn.Parameter)
         and a.dtype == b.dtype
         and torch.equal(a, b)
+    )
+
+
+def alike(trace: Trace, again: Trace, sizes: Sequence[int]) -> bool:
+    """Whether a trace is another one, generalised, with these sizes for its `Lead`s."""
+    index = {id(n): i for i, n in enumerate(trace.nodes)}
+    other = {id(n): i for i, n in enumerate(again.nodes)}
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Node):
+            return isinstance(b, Node) and index[id(a)] == other[id(b)]
+        if isinstance(a, Lead):
+            return b == sizes[a.axis]
+        if isinstance(a, (tuple, list)):
+            return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, slice) and isinstance(b, slice):
+            return same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+        return type(a) is type(b) and a == b
+
+    return (
+        len(trace.nodes) == len(again.nodes)
+        and index[id(trace.result)] == other[id(again.result)]
+        and all(
+            a.name == b.name
+            and same((a.args, a.shape), (b.args, b.shape))
+            and a.kwargs.keys() == b.kwargs.keys()
+            and all(same(v, b.kwargs[k]) for k, v in a.kwargs.items())
+            for a, b in zip(trace.nodes, again.nodes, strict=True)
+        )
     )
