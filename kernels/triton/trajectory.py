@@ -35,6 +35,7 @@ from fmft_fast.kernels.trajectory_source import (
     forward_kernel,
     offsets,
     padded,
+    pieces,
     reads,
     used,
 )
@@ -45,7 +46,8 @@ from fmft_fast.ops.network import Inputs, Network
 from fmft_fast.ops.trajectory import Keep, Program, Row
 
 MAX_WIDTH = 128
-MAX_LAYERS = 8
+# Products of tiles in the field: every one is written out, and takes its time to compile.
+MAX_PRODUCTS = 32
 # Of a program's registers, what the stages of a step may take: stages x padded state.
 MAX_STAGE_WIDTH = 448
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -97,10 +99,10 @@ class TritonTrajectory:
             return f"Triton runs whole trajectories in float32, got {dtype}"
         if batch == 0:
             return "the batch is empty"
-        if len(network.layers) > MAX_LAYERS:
-            return f"Triton takes at most {MAX_LAYERS} layers, got {len(network.layers)}"
         if widest > MAX_WIDTH:
             return f"Triton takes layers of width {MAX_WIDTH} at most, got {widest}"
+        if (products := _products(network)) > MAX_PRODUCTS:
+            return f"Triton takes at most {MAX_PRODUCTS} products of 64 x 64, got {products}"
         if stages * padded(network.state) > MAX_STAGE_WIDTH:
             most = MAX_STAGE_WIDTH // padded(network.state)
             return (
@@ -194,6 +196,17 @@ def _overlap(network: Network) -> bool:
         p == r and i < j + n and j < i + m
         for k, (p, i, m, _) in enumerate(blocks)
         for r, j, n, _ in blocks[:k]
+    )
+
+
+def _products(network: Network) -> int:
+    """How many products of tiles the layers take."""
+    tiles = [len(pieces(network.width(i), 64)) for i in range(len(network.layers) + 1)]
+    return sum(
+        tiles[i + 1] * tiles[term.source]
+        for i, layer in enumerate(network.layers)
+        for term in layer.terms
+        if term.weight is not None
     )
 
 

@@ -200,7 +200,7 @@ def test_refusals() -> None:
     assert "float32" in KERNELS.refuses(network, 1, 4, torch.float64)
     assert "empty" in KERNELS.refuses(network, 1, 0, torch.float32)
     assert "128" in KERNELS.refuses(chain(2, (129,))[0], 1, 4, torch.float32)
-    assert "layers" in KERNELS.refuses(chain(2, (16,) * 9)[0], 1, 4, torch.float32)
+    assert "products" in KERNELS.refuses(chain(2, (128,) * 9)[0], 1, 4, torch.float32)
     assert "stages" in KERNELS.refuses(chain(128, (16,))[0], 4, 4, torch.float32)
     overlap = Network(2, (Layer(2, (Term(0, 0), Term(0, 0, 1))),))
     assert "columns" in KERNELS.refuses(overlap, 1, 4, torch.float32)
