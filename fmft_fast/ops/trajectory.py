@@ -95,23 +95,6 @@ class TrajectoryKernels(Protocol):
         ...
 
 
-class AdaptiveTableau(Protocol):
-    """What adaptive kernels read of a tableau (see `fmft_fast.solvers.tableau.Tableau`)."""
-
-    @property
-    def order(self) -> int: ...  # noqa: D102
-    @property
-    def a(self) -> tuple[Row, ...]: ...  # noqa: D102
-    @property
-    def b(self) -> Row: ...  # noqa: D102
-    @property
-    def b_err(self) -> Row | None: ...  # noqa: D102
-    @property
-    def c(self) -> Row: ...  # noqa: D102
-    @property
-    def dense(self) -> tuple[Row, ...]: ...  # noqa: D102
-
-
 class AdaptiveSolve(NamedTuple):
     """An adaptive solve.
 
@@ -138,7 +121,7 @@ class AdaptiveKernels(TrajectoryKernels, Protocol):
     def adaptive(
         self,
         network: Network,
-        tableau: AdaptiveTableau,
+        tableau: Any,
         control: Control,
         inputs: Inputs,
         t: list[float],
@@ -148,7 +131,7 @@ class AdaptiveKernels(TrajectoryKernels, Protocol):
 
         Args:
             network: the field, without tables.
-            tableau: a method whose last stage is the first of the next step ("FSAL").
+            tableau: a `fmft_fast.solvers.Tableau` whose last stage is the first of the next step.
             control: tolerances and bounds of the step control.
             inputs: the tensors.
             t: [T] two or more times, in one direction.
