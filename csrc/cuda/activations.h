@@ -22,9 +22,18 @@ FMFT_DEVICE float sigmoid_of(float x) {
   return fast_reciprocal(1.0f + fast_exp(-x));
 }
 
+// Without a branch, to 4e-7 of the value: near 0 the polynomial of least relative error.
 template <bool Fast>
 FMFT_DEVICE float tanh_of(float x) {
-  return Fast ? fast_tanh(x) : tanhf(x);
+  if constexpr (Fast) return fast_tanh(x);
+  const float size = fabsf(x), square = x * x;
+  const float far = 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp(2.0f * size));
+  float near = -0.00589515036f;
+  near = fmaf(near, square, 0.0207959637f);
+  near = fmaf(near, square, -0.0537838265f);
+  near = fmaf(near, square, 0.133319244f);
+  near = fmaf(near, square, -0.333332986f);
+  return size < 0.6f ? fmaf(near * square, x, x) : copysignf(far, x);
 }
 
 template <bool Fast>

@@ -46,6 +46,13 @@ FMFT_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Copies a number to shared memory while the thread goes on; wait_for_copies() waits for its own copies.
+FMFT_DEVICE void copy_later(float* into, const float* from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(into));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+}
+FMFT_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // 1 / x to 1 ulp; exp to 2 + |x| ulp; tanh to 2^-11 of its value.
 FMFT_DEVICE float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
 FMFT_DEVICE float fast_exp(float x) { return __expf(x); }

@@ -45,14 +45,14 @@ struct FieldLayer {
   int bias, time, time_column, table, cond;  // -1 where there is none
   int activation;
   float slope;
-  int vectors;       // bias and, if there is one, the column of the time, in float32
+  int vectors;       // float32: bias; the column of the time, if any; two rows of the table, if any
   int value;         // the output, in bf16 terms
   int delta;         // the gradient of the input of the activation, in bf16 terms
   int derivative;    // of the activation, in float32, in the order of the lanes
   int gradient;      // of the output, likewise, if later layers add this one; else -1
   int cond_at;       // the rows of `cond`, likewise
   int cond_sums;     // their gradient, likewise
-  int vector_sums;   // gradients of `vectors`
+  int vector_sums;   // gradients of the bias and of the column of the time
   int kept;          // number among Solve::values and Solve::deltas, -1 where nothing is kept
 };
 
@@ -67,9 +67,11 @@ struct Field {
   int first_consumer, consumers, first_skipper, skippers;  // of the state
   int zero_begin, zero_end;  // what must start as zero
   int state_value;  // the input of a stage, in bf16 terms
-  int stages_at;    // float32 [1 + stages][rows][state]: the state and the stages, or their gradients
-  int partial;      // float32 [splits][rows][16 state_tiles]
-  int slopes_at;    // float32 [rows][state]: the gradient of a stage (backward only)
+  int stages_at;    // float32 [1 + stages][state][rows]: the state and the stages, or their gradients
+  int splits;       // parts of an inner dimension whose products with few columns the warps share
+  int partial;      // float32 [splits][rows][16 state_tiles + 2]
+  int slopes_at;    // float32 [state][rows]: the gradient of a stage (backward only)
+  int inputs_at;    // float32 [state][rows]: the input of the next stage (backward only)
   int wait_last;    // as FieldLayer::wait, of the last layer
   int deferred;     // whether the gradients of the weights are left to the caller
   FieldLayer layer[kMaxLayers];

@@ -135,7 +135,7 @@ struct Adjoint : Block<T, M> {
     if (partials != nullptr && last.vector_sums >= 0)
       for (int d = threadIdx.x; d < field.state; d += blockDim.x) {
         float sum = 0.0f;
-        for (int row = 0; row < kRows; ++row) sum += slopes[row * field.state + d];
+        for (int row = 0; row < kRows; ++row) sum += slopes[d * kRows + row];
         add_vector_sum(last, t, q, d, sum);
       }
     int done = field.layers;
@@ -218,6 +218,7 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID
   float* const gy = floats(field.stages_at);   // of the state after the step
   float* const gx = gy + size;                 // of the inputs of the stages
   float* const gk = floats(field.slopes_at);   // of a stage
+  float* const input = floats(field.inputs_at);
   const Staged x = block.value(0), delta = block.delta(last);
   for (block.row0 = static_cast<int64_t>(blockIdx.x) * kRows; block.row0 < solve.batch;
        block.row0 += static_cast<int64_t>(gridDim.x) * kRows) {
@@ -234,6 +235,14 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID
           sum += weight(o) * solve.grad[place(o, row, d)];
       return sum;
     };
+    // Begins to fetch the inputs of a stage: each thread its own numbers.
+    auto fetch_inputs = [&](int64_t q) {
+      block.for_state([&](int e, int row, int d) {
+        if (q >= 0 && block.exists(row)) copy_later(input + e, solve.kept + place(q, row, d));
+      });
+    };
+    fetch_inputs(static_cast<int64_t>(solve.steps) * stages - 1);
+    block.fetch_tables(static_cast<int64_t>(solve.steps) * stages - 1);
     auto one = [](int) { return 1.0f; };
     const bool dense = solve.dense != nullptr;
     block.for_state([&](int e, int row, int d) {
@@ -244,6 +253,7 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID
       for (int s = stages - 1; s >= 0; --s) {
         const int64_t q = static_cast<int64_t>(n) * stages + s;
         const float t = solve.times[q];
+        wait_for_copies();
         block.for_state([&](int e, int row, int d) {
           float sum = solve.b[s] * gy[e];
           for (int j = s + 1; j < stages; ++j) sum += solve.a[j][s] * gx[j * size + e];
@@ -251,11 +261,13 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID
             sum += outputs(n, row, d, [&](int o) { return solve.dense[o * stages + s]; });
           gk[e] = h * sum;
           store_one<T>(delta, row, d, h * sum);
-          store_one<T>(x, row, d, block.exists(row) ? solve.kept[place(q, row, d)] : 0.0f);
+          store_one<T>(x, row, d, block.exists(row) ? input[e] : 0.0f);
           const int kept = field.layer[last].kept;
           if (kept >= 0 && block.exists(row)) solve.deltas[kept][place(q, row, d)] = h * sum;
         });
         __syncthreads();
+        fetch_inputs(q - 1);
+        block.fetch_tables(q - 1);
         block.stage(t, q);
         block.for_state([&](int e, int row, int d) { gx[s * size + e] = block.sum_of_parts(row, d); });
       }

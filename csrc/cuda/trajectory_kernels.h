@@ -197,8 +197,23 @@ struct Block {
   // Calls f(e, row, d) for the numbers of the state that this thread owns.
   template <class F>
   FMFT_DEVICE void for_state(F&& f) const {
-    for (int e = threadIdx.x; e < kRows * field.state; e += blockDim.x)
-      f(e, e / field.state, e % field.state);
+    for (int e = threadIdx.x; e < kRows * field.state; e += blockDim.x) f(e, e % kRows, e / kRows);
+  }
+
+  // Begins to fetch row q of the tables; it is there after wait_for_copies() and a barrier.
+  FMFT_DEVICE void fetch_tables(int64_t q) const {
+    if (q < 0 || q >= static_cast<int64_t>(solve.steps) * solve.stages) return;
+    for (int i = 0; i < field.layers; ++i) {
+      const FieldLayer& layer = field.layer[i];
+      if (layer.table < 0) continue;
+      float* into = table_row(layer, q);
+      const float* from = solve.table[layer.table] + q * layer.width;
+      for (int c = threadIdx.x; c < layer.width; c += blockDim.x) copy_later(into + c, from + c);
+    }
+  }
+  FMFT_DEVICE float* table_row(const FieldLayer& layer, int64_t q) const {
+    const int row = (layer.time >= 0 ? 2 : 1) + static_cast<int>(q & 1);
+    return floats(layer.vectors) + 16 * layer.tiles * row;
   }
 
   // What the block reads in all steps: weights in bf16 terms, vectors, zeros.
@@ -213,12 +228,22 @@ struct Block {
       const bool identity = term.weight < 0;
       const float* from = identity ? nullptr : solve.parameter[term.weight] + term.column;
       const int64_t columns = identity ? 0 : solve.columns[term.weight];
-      for (int i = threadIdx.x; i < w.term / w.stride * padded; i += blockDim.x) {
-        const int row = i / padded, column = i % padded;
-        float value = 0.0f;
-        if (row < outs && column < ins)
-          value = identity ? static_cast<float>(row == column) : from[row * columns + column];
-        store_one<T>(w, row, column, value);
+      constexpr int kFlying = 16;  // loads that are under way together
+      const int count = w.term / w.stride * padded;
+      for (int i0 = threadIdx.x; i0 < count; i0 += kFlying * blockDim.x) {
+        float values[kFlying];
+#pragma unroll
+        for (int u = 0; u < kFlying; ++u) {
+          const int i = i0 + u * blockDim.x, row = i / padded, column = i % padded;
+          values[u] = 0.0f;
+          if (row < outs && column < ins)
+            values[u] = identity ? static_cast<float>(row == column) : from[row * columns + column];
+        }
+#pragma unroll
+        for (int u = 0; u < kFlying; ++u) {
+          const int i = i0 + u * blockDim.x;
+          if (i < count) store_one<T>(w, i / padded, i % padded, values[u]);
+        }
       }
     }
     for (int i = 0; i < field.layers; ++i) {
@@ -227,6 +252,7 @@ struct Block {
       for (int c = threadIdx.x; c < 16 * layer.tiles; c += blockDim.x) {
         const bool real = c < layer.width;
         into[c] = real && layer.bias >= 0 ? solve.parameter[layer.bias][c] : 0.0f;
+        if (layer.table >= 0) table_row(layer, 0)[c] = table_row(layer, 1)[c] = 0.0f;
         if (layer.time < 0) continue;
         const float* from = solve.parameter[layer.time] + layer.time_column;
         into[16 * layer.tiles + c] =
@@ -261,7 +287,7 @@ struct Block {
     const float* vectors = floats(layer.vectors);
     float sum = vectors[c];
     if (layer.time >= 0) sum += t * vectors[16 * layer.tiles + c];
-    if (layer.table >= 0 && c < layer.width) sum += solve.table[layer.table][q * layer.width + c];
+    if (layer.table >= 0) sum += table_row(layer, q)[c];
     return sum;
   }
 
@@ -338,15 +364,10 @@ struct Block {
     }
   }
 
-  // In how many parts the inner dimension of a product with few columns is split over the warps.
-  FMFT_DEVICE int splits() const {
-    return field.state_tiles < warps() ? warps() / field.state_tiles : 1;
-  }
-
   // Computes a [rows, state] tile by parts: f(tile, column tile, part, parts) adds one part.
   template <class F>
   FMFT_DEVICE void partial_products(F&& f) const {
-    const int tiles = field.state_tiles, parts = splits(), stride = 16 * tiles;
+    const int tiles = field.state_tiles, parts = field.splits, stride = 16 * tiles + 2;
     float* into = floats(field.partial);
     for (int item = warp(); item < parts * tiles; item += warps()) {
       const int c = item % tiles, part = item / tiles;
@@ -362,10 +383,10 @@ struct Block {
   }
 
   FMFT_DEVICE float sum_of_parts(int row, int d) const {
-    const int stride = 16 * field.state_tiles;
+    const int stride = 16 * field.state_tiles + 2;
     const float* from = floats(field.partial) + row * stride + d;
     float sum = 0.0f;
-    for (int part = 0; part < splits(); ++part) sum += from[part * kRows * stride];
+    for (int part = 0; part < field.splits; ++part) sum += from[part * kRows * stride];
     return sum;
   }
 };
@@ -382,7 +403,6 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) forward_kernel(const FMFT_GRID_
   constexpr int kRows = Block<T, M>::kRows;
   Block<T, M> block{field, solve};
   block.load();
-  __syncthreads();  // what load() makes zero is written below by other threads
   const int size = kRows * field.state, stages = solve.stages;
   const FieldLayer& last = field.layer[field.layers - 1];
   float* const y = floats(field.stages_at);
@@ -390,6 +410,8 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) forward_kernel(const FMFT_GRID_
   const Staged x = block.value(0);
   for (block.row0 = static_cast<int64_t>(blockIdx.x) * kRows; block.row0 < solve.batch;
        block.row0 += static_cast<int64_t>(gridDim.x) * kRows) {
+    __syncthreads();  // for what load() wrote and the last stage of the former rows still read
+    block.fetch_tables(0);
     block.load_conds();
     auto place = [&](int64_t n, int row, int d) {
       return (n * solve.batch + block.row0 + row) * field.state + d;
@@ -415,7 +437,9 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) forward_kernel(const FMFT_GRID_
           store_one<T>(x, row, d, input);
           if (solve.kept != nullptr && block.exists(row)) solve.kept[place(q, row, d)] = input;
         });
+        wait_for_copies();
         __syncthreads();
+        block.fetch_tables(q + 1);
         block.template hidden_layers<false>(t, q);
         if (field.wait_last) __syncthreads();
         block.partial_products([&](Tile<M>& sum, int c, int part, int parts) {

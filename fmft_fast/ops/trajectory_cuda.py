@@ -68,11 +68,12 @@ def plan(
         for i, term in terms
     ]
     vectors = [
-        fixed.take(64 * tiles[i + 1] * (1 + (layer.time is not None)))
-        for i, layer in enumerate(layers)
+        fixed.take(64 * tiles[i + 1] * (1 + (x.time is not None) + 2 * (x.table is not None)))
+        for i, x in enumerate(layers)
     ]
     stages_at = fixed.take(4 * (1 + stages) * rows * network.state)
     slopes_at = fixed.take(4 * rows * network.state * backward)
+    inputs_at = fixed.take(4 * rows * network.state * backward)
     conds = [fixed.take(lanes[i + 1] * (x.cond is not None)) for i, x in enumerate(layers)]
     cond_sums = [
         fixed.take(lanes[i + 1] * (x.cond is not None and backward)) for i, x in enumerate(layers)
@@ -100,7 +101,7 @@ def plan(
             ("gradient", i): (lanes[i + 1], *order.delta(i)) for i in range(last) if layers[i].skips
         }
     splits = max(1, warps // tiles[0])
-    lives["partial", 0] = (4 * splits * rows * 16 * tiles[0], order.end, order.end + 1)
+    lives["partial", 0] = (4 * splits * rows * (16 * tiles[0] + 2), order.end, order.end + 1)
     places, total = _place(lives, zero_end)
 
     def place(name: str, i: int) -> int:
@@ -146,7 +147,7 @@ def plan(
         )
     head = [split, row_tiles, warps, total, network.state, tiles[0], len(layers), len(terms)]
     head += [*consumers.at[0], *skipper_list.at[0], zero_begin, zero_end, state_value, stages_at]
-    head += [place("partial", 0), slopes_at, order.waits[last], deferred]
+    head += [splits, place("partial", 0), slopes_at, inputs_at, order.waits[last], deferred]
     field = _cuda.Field(
         [int(x) for x in head],
         [[int(x) for x in row] for row in described],
@@ -276,7 +277,9 @@ def _starts(counts: list[int], warps: int) -> list[int]:
     return [sum(counts[:i]) % warps for i in range(len(counts))]
 
 
-def _unsupported(network: Network, stages: int, batch: int, dtype: torch.dtype) -> str | None:
+@functools.lru_cache(maxsize=256)
+def _unsupported(same: _Same, stages: int, empty: bool, dtype: torch.dtype) -> str | None:
+    network: Network = same.it
     layers, last = _with_identities(network), network.layers[-1]
     terms = [term for layer in layers for term in layer.terms]
     weights = [term.weight for term in terms]
@@ -293,7 +296,7 @@ def _unsupported(network: Network, stages: int, batch: int, dtype: torch.dtype) 
     )
     if dtype != torch.float32:
         return f"the kernels take float32, got {dtype}"
-    if batch == 0:
+    if empty:
         return "the batch is empty"
     for name, count, limit in limits:
         if count > limit:
@@ -337,28 +340,66 @@ def _limits(device: int) -> tuple[int, int]:
     return _cuda.trajectory_shared_memory(device), _cuda.multiprocessors(device)
 
 
+class _Same:
+    """A key that is equal to itself alone, and so found without a look at what is in it."""
+
+    def __init__(self, it: Any):
+        self.it = it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.it is self.it
+
+
+@functools.lru_cache(maxsize=256)
 def _fitting(
-    network: Network, split: int, stages: int, batch: int, backward: bool, device: int
+    network: _Same, split: int, stages: int, narrow: bool, backward: bool, limit: int
 ) -> Plan | None:
     """Return the plan to run; more rows share the weights, fewer fill a machine sooner."""
-    limit, processors = _limits(device)
-    row_tiles = (1,) if batch <= 16 * processors else (2, 1)
     for deferred in (False, True) if backward else (False,):
-        for rows in row_tiles:
-            found = plan(network, split, rows, stages, backward, deferred)
+        for row_tiles in (1,) if narrow else (2, 1):
+            found = plan(network.it, split, row_tiles, stages, backward, deferred)
             if found.bytes <= limit:
                 return found
     return None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
+def _unfit(network: _Same, split: int, stages: int, limit: int) -> str | None:
+    """Say why no plan fits the device."""
+    for backward in (False, True):
+        if _fitting(network, split, stages, True, backward, limit) is None:
+            need = plan(network.it, split, 1, stages, backward, backward).bytes
+            return (
+                f"its weights and values take {need} bytes of shared memory and the device has "
+                f"{limit} for a block"
+            )
+    return None
+
+
+@functools.lru_cache(maxsize=256)
 def _capacity(found: Plan, backward: bool, device: int) -> int:
     """Return how many blocks run at once; it also lets the kernel use the memory it needs."""
-    return _cuda.trajectory_capacity(found.field, backward, device)
+    return max(1, _cuda.trajectory_capacity(found.field, backward, device))
 
 
-def _blocks(found: Plan, backward: bool, batch: int, device: int) -> int:
-    return min(-(-batch // found.rows), max(1, _capacity(found, backward, device)))
+def _chosen(program: Program, y0: Tensor, split: int, backward: bool, device: int):
+    """Return the plan and the number of blocks; raise for what `refuses` keeps from here."""
+    network, batch = _Same(program.network), y0.shape[0]
+    limit, processors = _limits(device)
+    reason = _unsupported(network, program.stages, batch == 0, y0.dtype)
+    reason = reason or _unfit(network, split, program.stages, limit)
+    if reason:
+        raise InputError(
+            "expected a solve that the CUDA trajectory kernels take, got one that they refuse: "
+            f"{reason}; use backend='auto'"
+        )
+    narrow = batch <= 16 * processors
+    found = _fitting(network, split, program.stages, narrow, backward, limit)
+    assert found is not None
+    return found, min(-(-batch // found.rows), _capacity(found, backward, device))
 
 
 def _device() -> int:
@@ -370,30 +411,61 @@ def _queue(y: Tensor) -> tuple[int, int]:
 
 
 _UPLOADS: dict[Any, Tensor] = {}
+_CAPTURED: dict[Any, Tensor] = {}
 
 
-def _uploaded(program: Program, y: Tensor, queue: tuple[int, int]) -> list[int]:
-    """Return the addresses of times, h, first outputs and dense weights on the device.
-
-    They are kept for the next solve of the same steps, without which no solve could be captured.
-    """
+@functools.lru_cache(maxsize=64)
+def _host_steps(same: _Same) -> tuple[Tensor, bytes, tuple[int, ...]]:
+    """Return times, h, first outputs and dense weights in one, its bytes, and where each begins."""
+    program: Program = same.it
     states = [sum(o < n for o in program.outputs) for n in range(program.steps + 2)]
     first = torch.tensor(states, dtype=torch.int32).view(torch.float32)
     parts = [program.times.flatten().float(), program.h.float(), first]
     if program.weights is not None:
         parts.append(program.weights.flatten().float())
     host = torch.cat(parts)
-    key = (host.numpy().tobytes(), *queue)
-    found = _UPLOADS.pop(key, None)
+    starts = tuple(4 * sum(p.numel() for p in parts[:i]) for i in range(len(parts)))
+    return host, host.numpy().tobytes(), starts
+
+
+@functools.cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _upload(host: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on the device that every stream may read at once; nothing queued is waited for."""
+    if device.type != "cuda":
+        return host.to(device)
+    with torch.cuda.stream(_upload_stream(device)):
+        return host.to(device)
+
+
+def _uploaded(program: Program, y: Tensor, device: int) -> list[int]:
+    """Return the addresses of times, h, first outputs and dense weights on the device.
+
+    They are kept for the next solve of the same steps, and for good once a graph reads them.
+    """
+    host, content, starts = _host_steps(_Same(program))
+    key = content, device
+    found = _CAPTURED.get(key, _UPLOADS.pop(key, None))
+    captured = y.is_cuda and torch.cuda.is_current_stream_capturing()
+    if found is None and captured:
+        raise InputError(
+            "expected a captured solve to take steps that ran before, got new ones; "
+            "run the solve once before the capture"
+        )
     if found is None:
+        found = _upload(host, y.device)
+    if captured:
+        _CAPTURED[key] = found
+    elif key not in _CAPTURED:
         if y.is_cuda:
-            host = host.pin_memory()
-        found = host.to(y.device, non_blocking=True)
+            found.record_stream(torch.cuda.current_stream(y.device))
         while len(_UPLOADS) >= 64:
             del _UPLOADS[next(iter(_UPLOADS))]
-    _UPLOADS[key] = found
-    starts = [4 * sum(p.numel() for p in parts[:i]) for i in range(len(parts))]
-    return [found.data_ptr() + at for at in starts] + [0] * (4 - len(parts))
+        _UPLOADS[key] = found
+    return [found.data_ptr() + at for at in starts] + [0] * (4 - len(starts))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -415,18 +487,9 @@ class _Trajectory:
 
     def refuses(self, network: Network, stages: int, batch: int, dtype: torch.dtype) -> str | None:
         """See `TrajectoryKernels`."""
-        reason = _unsupported(network, stages, batch, dtype)
-        if reason:
-            return reason
-        device, split = _device(), _split()
-        for backward in (False, True):
-            if _fitting(network, split, stages, batch, backward, device) is None:
-                need = plan(network, split, 1, stages, backward, backward).bytes
-                return (
-                    f"its weights and values take {need} bytes of shared memory and the device has "
-                    f"{_limits(device)[0]} for a block"
-                )
-        return None
+        same = _Same(network)
+        reason = _unsupported(same, stages, batch == 0, dtype)
+        return reason or _unfit(same, _split(), stages, _limits(_device())[0])
 
     def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
         """See `TrajectoryKernels`."""
@@ -435,7 +498,7 @@ class _Trajectory:
         assert y0 is not None
         batch, state = y0.shape
         queue = _queue(y0)
-        found = _checked(program, y0, split, False, queue[0])
+        found, blocks = _chosen(program, y0, split, False, queue[0])
         out = y0.new_empty(len(program.outputs), batch, state)
         kept = None
         if keep != "nothing":
@@ -443,7 +506,7 @@ class _Trajectory:
         solve = _cuda.Solve(
             [
                 [y0.data_ptr(), out.data_ptr(), _address(kept), 0, 0, 0],
-                _uploaded(program, y0, queue),
+                _uploaded(program, y0, queue[0]),
                 [x.data_ptr() for x in inputs.parameters],
                 [x.data_ptr() for x in inputs.tables],
                 [x.data_ptr() for x in inputs.conds],
@@ -460,7 +523,6 @@ class _Trajectory:
             batch,
             program.steps,
         )
-        blocks = _blocks(found, False, batch, queue[0])
         _cuda.trajectory_forward(found.field, solve, blocks, *queue)
         return out, (kept, split)
 
@@ -474,8 +536,7 @@ class _Trajectory:
         assert y0 is not None
         batch, network = y0.shape[0], program.network
         queue = _queue(y0)
-        found = _checked(program, y0, split, True, queue[0])
-        blocks = _blocks(found, True, batch, queue[0])
+        found, blocks = _chosen(program, y0, split, True, queue[0])
         sizes = [x.numel() if w else -1 for x, w in _pairs(inputs, wanted)]
         places = [
             sum(n for n in sizes[:i] if n > 0) if sizes[i] >= 0 else -1 for i in range(len(sizes))
@@ -499,7 +560,7 @@ class _Trajectory:
             [
                 [y0.data_ptr(), 0, stage_inputs.data_ptr(), grad.data_ptr(), _address(grad_y0)]
                 + [_address(partials)],
-                _uploaded(program, y0, queue),
+                _uploaded(program, y0, queue[0]),
                 [x.data_ptr() for x in inputs.parameters],
                 [x.data_ptr() for x in inputs.tables],
                 [x.data_ptr() for x in inputs.conds],
@@ -524,20 +585,6 @@ class _Trajectory:
         if found.deferred:
             _add_products(network, shaped, values, deltas)
         return rebuild(inputs, [grad_y0, *shaped, *conds])
-
-
-def _checked(program: Program, y0: Tensor, split: int, backward: bool, device: int) -> Plan:
-    """Return the plan, or raise for a solve that `refuses` would have kept from here."""
-    reason = _unsupported(program.network, program.stages, y0.shape[0], y0.dtype)
-    found = None
-    if reason is None:
-        found = _fitting(program.network, split, program.stages, y0.shape[0], backward, device)
-    if found is None:
-        raise InputError(
-            "expected a solve that the CUDA trajectory kernels take, got one that they refuse: "
-            f"{reason or 'it needs more shared memory than the device has'}; use backend='auto'"
-        )
-    return found
 
 
 def _pairs(inputs: Inputs, wanted: Inputs) -> list[tuple[Tensor, bool]]:

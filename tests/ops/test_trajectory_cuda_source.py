@@ -157,12 +157,12 @@ def test_runs_are_equal_to_the_bit_in_any_order_of_the_threads(kernels, monkeypa
 @pytest.mark.parametrize("name", ["state 7, tables, cond", "viscosity on an MLP", "linear"])
 def test_gradients_of_weights_after_the_kernel(kernels, name, monkeypatch) -> None:
     program, inputs = FIELDS[name]()
-    module, batch = on_host(), 15
+    module = on_host()
     args = (program.network, 3, 1, program.stages, True)
     bytes_whole, bytes_deferred = (module.plan(*args, deferred).bytes for deferred in (False, True))
     assert bytes_deferred < bytes_whole
     monkeypatch.setattr(module, "_limits", lambda device: (bytes_whole - 1, 2))
-    assert module._fitting(program.network, 3, program.stages, batch, True, 0).deferred
+    assert module._chosen(program, inputs.y0.float(), 3, True, 0)[0].deferred
     check(kernels, program, inputs, "highest")
 
 

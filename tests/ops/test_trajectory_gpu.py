@@ -12,6 +12,7 @@ import pytest
 import torch
 from networks import chain, make_inputs, make_program, viscosity
 
+from fmft_fast.errors import InputError
 from fmft_fast.ops.network import ACTIVATIONS, Inputs
 from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
 
@@ -119,12 +120,18 @@ def test_a_solve_is_captured_and_replayed(kernels) -> None:
         both()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph):
         captured = both()
     for tensor in (*flatten(inputs), grad):
         tensor.mul_(0.5)
     graph.replay()
     torch.testing.assert_close(captured, both(), rtol=0, atol=0)
+
+
+def test_a_solve_that_never_ran_is_not_captured(kernels) -> None:
+    program, inputs = make(*chain(2, (16,)), "euler", 5, steps=7)
+    with pytest.raises(InputError, match="once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels.forward(program, inputs, "nothing")
 
 
 def test_a_repeated_solve_does_not_wait_for_the_device(kernels) -> None:

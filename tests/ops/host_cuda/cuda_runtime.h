@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define FMFT_KERNEL inline void
@@ -51,6 +52,7 @@ struct Fiber {
   const Meeting* meeting = nullptr;
   unsigned long round = 0;
   bool done = false;
+  std::vector<std::pair<float*, const float*>> copies;
 };
 
 // What the lanes of a warp hand to each other.
@@ -252,6 +254,16 @@ inline float shuffle_xor(float value, int mask) {
   const float found = host::from_bits(warp.sent[host::lane() ^ mask][0]);
   host::meet(warp.meeting);
   return found;
+}
+
+// A copy comes as late as it may.
+inline void copy_later(float* into, const float* from) {
+  host::fibers[host::current].copies.emplace_back(into, from);
+}
+inline void wait_for_copies() {
+  auto& copies = host::fibers[host::current].copies;
+  for (auto [into, from] : copies) *into = *from;
+  copies.clear();
 }
 
 inline float fast_reciprocal(float x) { return 1.0f / x; }
