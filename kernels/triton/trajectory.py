@@ -7,8 +7,8 @@ inputs of the stages, and every program adds up its own part of the gradients, w
 fixed order afterwards: results are the same from run to run.
 
 Precision follows `torch.get_float32_matmul_precision()`: "highest" multiplies in float32, "high" on
-tensor cores with three products in TF32, up to width 64, "medium" with one. State and sums are in
-float32.
+tensor cores with three products in TF32 (forward up to width 64, backward up to 32, in float32
+beyond), "medium" with one. State and sums are in float32.
 
 Launch configurations (samples of a program, warps, columns of a tile, pipeline stages) are pinned
 in `CONFIGS`, the first of a list being the default. With FMFT_TRITON_AUTOTUNE=1 the list is timed
@@ -65,6 +65,7 @@ class Config:
 
 # By direction, precision of `tl.dot` and widest padded layer. Small blocks keep the products in
 # float32 out of local memory; on tensor cores 64 rows are what a warp group multiplies at once.
+# What is not listed takes "ieee": three products in TF32 need more registers there than there are.
 CONFIGS = {
     ("forward", "ieee", 32): (Config(32, 4), Config(16, 4), Config(64, 4)),
     ("forward", "ieee", 64): (Config(16, 8), Config(64, 8)),
@@ -78,7 +79,6 @@ CONFIGS = {
     ("backward", "ieee", 64): (Config(16, 8), Config(32, 8, 32)),
     ("backward", "ieee", 128): (Config(16, 8),),
     ("backward", "tf32x3", 32): (Config(32, 2), Config(64, 4)),
-    ("backward", "tf32x3", 64): (Config(64, 4), Config(32, 4, 32)),
     ("backward", "tf32", 32): (Config(32, 2), Config(64, 4)),
     ("backward", "tf32", 64): (Config(32, 4), Config(64, 4)),
     ("backward", "tf32", 128): (Config(64, 8), Config(32, 8)),
@@ -128,7 +128,7 @@ class TritonTrajectory:
             grid = (triton.cdiv(batch, config.block),)
             kernel = forward_kernel(program.network, shapes, program.stages, config.tile)
             arguments = (out, kept, y0, *numbers, batch, program.steps, int(keeps))
-            kernel[grid](*arguments, *tensors, **_options(config, program.network))
+            kernel[grid](*arguments, *tensors, **_options(config, "forward", program.network))
 
         with torch.cuda.device_of(y0):
             launch(_config("forward", program, y0, launch))
@@ -167,7 +167,9 @@ class TritonTrajectory:
                     program.network, shapes, program.stages, config.tile, wants
                 )
                 first = (grad_y0, partials, grad, kept, *numbers, y0.shape[0], program.steps)
-                kernel[programs,](*first, *written, *tensors, **_options(config, program.network))
+                kernel[programs,](
+                    *first, *written, *tensors, **_options(config, "backward", program.network)
+                )
 
             with torch.cuda.device_of(y0):
                 launch(_config("backward", program, y0, launch))
@@ -275,22 +277,21 @@ def _copied(
     )
 
 
-def _precision(network: Network) -> str:
+def _precision(direction: str, network: Network) -> str:
     """What `tl.dot` does with float32."""
     found = PRECISIONS[torch.get_float32_matmul_precision()]
-    # The three products of wide layers need more registers than there are.
-    too_wide = found == "tf32x3" and _widest(network) > 64
-    return "ieee" if too_wide or torch.version.hip is not None else found
+    is_listed = (direction, found, max(32, _widest(network))) in CONFIGS
+    return found if is_listed and torch.version.hip is None else "ieee"
 
 
 def _widest(network: Network) -> int:
     return max(padded(network.width(i)) for i in range(len(network.layers) + 1))
 
 
-def _options(config: Config, network: Network) -> dict[str, Any]:
+def _options(config: Config, direction: str, network: Network) -> dict[str, Any]:
     return {
         "BLOCK": config.block,
-        "PRECISION": _precision(network),
+        "PRECISION": _precision(direction, network),
         "num_warps": config.warps,
         "num_stages": config.pipeline,
         "enable_fp_fusion": True,
@@ -306,7 +307,7 @@ def _most_programs(device: torch.device) -> int:
 
 def configs(direction: str, network: Network) -> tuple[Config, ...]:
     """The launch configurations of a network, the default first."""
-    return CONFIGS[direction, _precision(network), max(32, _widest(network))]
+    return CONFIGS[direction, _precision(direction, network), max(32, _widest(network))]
 
 
 def _config(
@@ -320,7 +321,7 @@ def _config(
     sizes = [padded(network.width(i)) for i in range(len(network.layers) + 1)]
     device = torch.cuda.get_device_name(y0.device)
     kind = f"{direction} {sizes} {program.stages} {triton.next_power_of_2(y0.shape[0])}"
-    key = f"{device}, triton {triton.__version__}, {_precision(network)}, {kind}"
+    key = f"{device}, triton {triton.__version__}, {_precision(direction, network)}, {kind}"
     winners = _remembered()
     if key not in winners:
         if torch.cuda.is_current_stream_capturing():

@@ -220,10 +220,12 @@ def test_winners_of_tuning_are_remembered(tmp_path, monkeypatch) -> None:
 
 # Direction, hidden layers, stages, precision, capability, bytes of local memory of a thread.
 CUBINS = [
-    ("forward", (64,) * 3, 1, "highest", 90, 0),
-    ("forward", (64,) * 2, 6, "high", 80, 1400),
-    ("backward", (64,) * 2, 1, "highest", 90, 0),
-    ("backward", (32,) * 2, 4, "medium", 80, 1000),
+    ("forward", (64,) * 3, 1, "highest", 90, 64),
+    ("forward", (64,) * 2, 6, "high", 80, 700),
+    ("forward", (64,) * 3, 1, "medium", 90, 64),
+    ("backward", (64,) * 3, 1, "highest", 90, 64),
+    ("backward", (64,) * 3, 1, "high", 80, 64),
+    ("backward", (32,) * 2, 4, "medium", 80, 300),
 ]
 
 
@@ -250,7 +252,7 @@ def compile_for(network, shapes, direction, stages, capability):
     else:
         wanted = trajectory.Wanted((True,) * len(shapes), (), ())
         kernel = trajectory.backward_kernel(network, shapes, stages, config.tile, wanted)
-    options = trajectory._options(config, network)
+    options = trajectory._options(config, direction, network)
     names = kernel.arg_names
     fixed = {name: options.pop(name) for name in ("BLOCK", "PRECISION")}
     given = dict.fromkeys(fixed, "constexpr") | {"first": "*i32"}
