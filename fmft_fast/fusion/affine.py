@@ -1,4 +1,4 @@
-"""Values of a field before an activation: sums of matrices times earlier values, plus what is known.
+"""Values before an activation: sums of matrices times earlier values, plus what is known before.
 
 Weights and vectors are nodes: tensors from outside as they are, or torch calls on such, which run
 once per solve. `Affine` says what a value of some width is; a `Row` is several side by side.

@@ -76,7 +76,7 @@ _MUTATING_DUNDERS = set(
     "__setattr__ __delattr__ __setitem__ __delitem__ __iadd__ __ior__ __setstate__".split()
 )
 _ACTING_BUILTINS = set(
-    "print setattr delattr exec eval compile open input globals locals __import__ breakpoint".split()
+    "print setattr delattr exec eval compile open input globals locals vars __import__".split()
 )
 
 # Files of torch that only compute, and what of them may be called from a field.
@@ -102,8 +102,8 @@ _MODULE_METHODS = {
 _PLAIN_BUILTINS = {
     getattr(builtins, name)
     for name in (
-        "abs all any callable divmod getattr hasattr id isinstance issubclass iter len max min next "
-        "pow round sorted sum"
+        "abs all any callable divmod getattr hasattr id isinstance issubclass iter len max min "
+        "next pow round sorted sum"
     ).split()
 }
 _PLAIN_METHODS = {

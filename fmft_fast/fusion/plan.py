@@ -190,7 +190,7 @@ def _try(plan: Plan, field: Callable, y0: Tensor, cond: Tensor | None) -> None:
 
 
 def confirm(plan: Plan, field: Callable, y0: Tensor, cond: Tensor | None) -> bool:
-    """Whether the field computes the same for the leading sizes of y0, which the plan may not know."""
+    """Whether the field computes the same for the leading sizes of y0."""
     try:
         again = record(field, y0.shape[:-1], y0, cond, Watch())
     except (Refusal, Exception):

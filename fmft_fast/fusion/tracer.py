@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .effects import Watch
 from .refusal import Refusal, user_line
+from .shapes import VIEWS, shape_only
 
 
 @dataclass(frozen=True)
@@ -273,8 +274,11 @@ class Recorder(TorchFunctionMode):
         if name in ("cuda", "cpu", "pin_memory"):
             raise self._refuse("the field moves tensors between devices")
         try:
-            with _Schema():
+            if name in VIEWS:
                 out = func(*meta_args, **meta_kwargs)
+            elif (out := shape_only(name, func, meta_args, meta_kwargs)) is None:
+                with _Schema():
+                    out = func(*meta_args, **meta_kwargs)
         except (NotImplementedError, TypeError) as error:
             raise self._refuse(f"{name} cannot be traced ({str(error).splitlines()[0]})") from None
         return self._record(name, func, args, kwargs, out, target)
