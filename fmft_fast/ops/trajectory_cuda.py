@@ -434,7 +434,7 @@ def _upload_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device that every stream may read at once; nothing queued is waited for."""
+    """Return a copy on the device that every stream may read; only the copy is waited for."""
     if device.type != "cuda":
         return host.to(device)
     with torch.cuda.stream(_upload_stream(device)):
