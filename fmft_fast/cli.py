@@ -16,7 +16,7 @@ from fmft_fast.commands import SECTIONS, Place
 from fmft_fast.errors import ConfigError, FmftError
 from fmft_fast.info import info_text, package_info
 from fmft_fast.tasks import STEPS, TASKS, find_task
-from fmft_fast.train.config import parse_overrides, read_toml
+from fmft_fast.train.config import as_typed, parse_overrides, read_toml
 from fmft_fast.version import __version__
 
 DESCRIPTION = """\
@@ -160,7 +160,7 @@ def _help(item: dataclasses.Field) -> str:
         default = ",".join(map(str, default))
     default = str(default).lower() if default is None or default is False else default
     choices = item.metadata["choices"]
-    extra = f"; one of {', '.join(choices)}" if choices else ""
+    extra = f"; one of {', '.join(as_typed(choices))}" if choices else ""
     return f"{item.metadata['text']} (default {default}{extra})".replace("%", "%%")
 
 

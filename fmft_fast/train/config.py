@@ -186,7 +186,7 @@ def _check_range(item: dataclasses.Field, value: Any) -> None:
     meta = item.metadata
     choices = meta["choices"]
     if choices is not None and value not in choices:
-        names = [choice if isinstance(choice, str) else str(choice).lower() for choice in choices]
+        names = as_typed(choices)
         near = difflib.get_close_matches(str(value), names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{item.name}: expected one of {', '.join(names)}, got {value!r}{hint}")
@@ -200,6 +200,11 @@ def _check_range(item: dataclasses.Field, value: Any) -> None:
             raise ConfigError(f"{item.name}: expected more than {above}, got {number}; raise it")
         if high is not None and number > high:
             raise ConfigError(f"{item.name}: expected at most {high}, got {number}; lower it")
+
+
+def as_typed(choices: Sequence[str | bool]) -> list[str]:
+    """Spell choices as they are typed on a command line and in TOML."""
+    return [choice if isinstance(choice, str) else str(choice).lower() for choice in choices]
 
 
 def unknown_key(name: str, known: Sequence[str], what: str) -> ConfigError:
