@@ -121,8 +121,9 @@ FMFT_DEVICE void add_saved(Tile<M>& tile, const float4* from) {
 
 // c += a b over the tiles first, first + step, ... < count of the inner dimension. a is stored as
 // [rows][inner], or [inner][rows] if TurnA; b as [columns][inner], or [inner][columns] if TurnB; both
-// begin at their corner. Terms of the order 2^-8 T are left out: they are no larger than the rounding of the
-// last term. The smallest products are added up on their own, for accuracy and for a shorter chain.
+// begin at their corner. Products of the relative order 2^(-8 T) are left out: they are no larger than what
+// the terms leave out. The smallest products are added up on their own: this is more accurate, and an
+// instruction waits for fewer others.
 template <int T, int M, bool TurnA, bool TurnB>
 FMFT_DEVICE void multiply(Tile<M>& c, const Staged& a, const Staged& b, int first, int count,
                           int step = 1) {
@@ -224,27 +225,27 @@ struct Block {
       const FieldTerm& term = field.term[j];
       const Staged w = weights(term);
       const int outs = field.layer[term.layer].width, ins = value_width(term.source);
-      const int padded = 16 * value_tiles(term.source);
+      const int rows = 16 * field.layer[term.layer].tiles, padded = 16 * value_tiles(term.source);
       const bool identity = term.weight < 0;
       const float* from = identity ? nullptr : solve.parameter[term.weight] + term.column;
       const int64_t columns = identity ? 0 : solve.columns[term.weight];
       constexpr int kFlying = 16;  // loads that are under way together
-      const int count = w.term / w.stride * padded;
-      for (int i0 = threadIdx.x; i0 < count; i0 += kFlying * blockDim.x) {
-        float values[kFlying];
+      for (int column = lane(); column < padded; column += 32)
+        for (int first = warp(); first < rows; first += kFlying * warps()) {
+          float values[kFlying];
 #pragma unroll
-        for (int u = 0; u < kFlying; ++u) {
-          const int i = i0 + u * blockDim.x, row = i / padded, column = i % padded;
-          values[u] = 0.0f;
-          if (row < outs && column < ins)
-            values[u] = identity ? static_cast<float>(row == column) : from[row * columns + column];
-        }
+          for (int u = 0; u < kFlying; ++u) {
+            const int row = first + u * warps();
+            values[u] = 0.0f;
+            if (row < outs && column < ins)
+              values[u] = identity ? static_cast<float>(row == column) : from[row * columns + column];
+          }
 #pragma unroll
-        for (int u = 0; u < kFlying; ++u) {
-          const int i = i0 + u * blockDim.x;
-          if (i < count) store_one<T>(w, i / padded, i % padded, values[u]);
+          for (int u = 0; u < kFlying; ++u) {
+            const int row = first + u * warps();
+            if (row < rows) store_one<T>(w, row, column, values[u]);
+          }
         }
-      }
     }
     for (int i = 0; i < field.layers; ++i) {
       const FieldLayer& layer = field.layer[i];
