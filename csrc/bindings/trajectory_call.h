@@ -139,13 +139,13 @@ inline void bind_trajectories(py::module_& module) {
   module.def("trajectory_adaptive", &solve_adaptively);
   module.def("trajectory_backward",
              [](const cpu::Solve& solve, const cpu::Kept& kept, Address grad, Address y0,
-                const Addresses& parameters, std::vector<int64_t> rows,
-                std::vector<int64_t> columns, const Addresses& tables, const Addresses& conds) {
+                const Addresses& parameters, std::vector<int64_t> sizes,
+                std::vector<int64_t> leading, const Addresses& tables, const Addresses& conds) {
                cpu::Gradients gradients;
                gradients.y0 = pointer(y0);
                gradients.parameters = pointers<void>(parameters);
-               gradients.rows = std::move(rows);
-               gradients.columns = std::move(columns);
+               gradients.sizes = std::move(sizes);
+               gradients.leading = std::move(leading);
                gradients.tables = pointers<void>(tables);
                gradients.conds = pointers<void>(conds);
                py::gil_scoped_release release;

@@ -6,8 +6,8 @@
 namespace fmft {
 inline namespace FMFT_ISA {
 
-// Depth of a panel of B that stays in the L1 cache while it meets all rows of the tile.
-constexpr int64_t kDepth = 64;
+// Depth of a panel of B that stays in the cache while it meets all rows of the tile.
+constexpr int64_t kDepth = 256;
 
 // C (+)= A B for MR rows and NV vectors in registers. A is [MR, k], or with Across [k, MR].
 template <class T, int MR, int NV, bool Across>

@@ -24,7 +24,7 @@ void collect(const Solve& solve, const Plan& plan, const Gradients& gradients, c
   const int64_t stride = plan.gradients.size();
   for (size_t p = 0; p < gradients.parameters.size(); ++p)
     if (gradients.parameters[p])
-      memset(gradients.parameters[p], 0, gradients.rows[p] * gradients.columns[p] * sizeof(T));
+      memset(gradients.parameters[p], 0, gradients.sizes[p] * sizeof(T));
   for (size_t t = 0; t < gradients.tables.size(); ++t) {
     if (!gradients.tables[t]) continue;
     for (const Layer& layer : plan.layers)
@@ -42,7 +42,7 @@ void collect(const Solve& solve, const Plan& plan, const Gradients& gradients, c
       const bool across = in.narrow && !out.narrow;
       const int64_t row = across ? 1 : in.narrow ? in.width : in.vectors * lanes;
       const int64_t column = across ? out.vectors * lanes : 1;
-      add_parts(to, gradients.columns[term.parameter], from + term.gradient, row, column,
+      add_parts(to, gradients.leading[term.parameter], from + term.gradient, row, column,
                 out.width, in.width, stride, parts);
     }
     if (layer.bias_sum >= 0)
@@ -50,7 +50,7 @@ void collect(const Solve& solve, const Plan& plan, const Gradients& gradients, c
                 layer.width, 1, stride, parts);
     if (layer.time_sum >= 0)
       add_parts(static_cast<T*>(gradients.parameters[layer.time]) + layer.time_column,
-                gradients.columns[layer.time], from + layer.time_sum, 1, 1, layer.width, 1, stride,
+                gradients.leading[layer.time], from + layer.time_sum, 1, 1, layer.width, 1, stride,
                 parts);
     if (layer.table_sum >= 0)
       add_parts(static_cast<T*>(gradients.tables[layer.table]), 0, from + layer.table_sum, 0, 1, 1,

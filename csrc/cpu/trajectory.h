@@ -174,7 +174,7 @@ struct Kept {
 struct Gradients {
   void* y0 = nullptr;
   std::vector<void*> parameters, tables, conds;
-  std::vector<int64_t> rows, columns;  // of the parameters
+  std::vector<int64_t> sizes, leading;  // of the parameters
 };
 
 Kept trajectory_forward(const Solve& solve, Keep keep, void* out);

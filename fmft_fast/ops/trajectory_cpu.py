@@ -164,11 +164,12 @@ class CpuTrajectoryKernels:
     ) -> Inputs:
         """See `TrajectoryKernels`."""
         grad = grad.contiguous()
+        tensors = kept.tensors[0]
         found = Inputs(
-            _like([inputs.y0], [wanted.y0])[0],
-            _like(inputs.parameters, wanted.parameters),
-            _like(inputs.tables, wanted.tables),
-            _like(inputs.conds, wanted.conds),
+            torch.empty_like(tensors.y0) if wanted.y0 else None,
+            _like(tensors.parameters, wanted.parameters),
+            _like(tensors.tables, wanted.tables),
+            _like(tensors.conds, wanted.conds),
         )
         _cpu.trajectory_backward(
             kept.solve,
@@ -176,8 +177,8 @@ class CpuTrajectoryKernels:
             grad.data_ptr(),
             _address(found.y0),
             [_address(x) for x in found.parameters],
-            [x.shape[0] for x in inputs.parameters],
-            [x.shape[1] if x.dim() == 2 else 1 for x in inputs.parameters],
+            [0 if x is None else x.numel() for x in found.parameters],
+            [0 if x is None else x.stride(0) for x in found.parameters],
             [_address(x) for x in found.tables],
             [_address(x) for x in found.conds],
         )
@@ -258,14 +259,11 @@ def _or_absent(number: int | None) -> int:
 
 
 def _rows_together(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 and x.dim() == 2 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def _like(tensors: list[Any], wanted: list[Any]) -> list[Any]:
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if w else None
-        for x, w in zip(tensors, wanted, strict=True)
-    ]
+    return [torch.empty_like(x) if w else None for x, w in zip(tensors, wanted, strict=True)]
 
 
 def _address(x: Tensor | None) -> int:

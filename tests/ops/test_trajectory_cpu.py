@@ -358,7 +358,7 @@ def test_gradients_of_adaptive_solves(isa, method, keep) -> None:
     """The returned program is an ordinary one: its reference gives outputs and gradients."""
     tableau = METHODS_BY_NAME[method].tableau
     for network, shapes in (NETWORKS["64 x 3"], NETWORKS["viscosity on an MLP"], _activated()):
-        for dtype, rtol, bound in ((torch.float64, 1e-6, 1e-11), (torch.float32, 1e-3, 1e-4)):
+        for dtype, rtol, bound in ((torch.float64, 1e-4, 1e-11), (torch.float32, 1e-3, 1e-4)):
             for times in ADAPTIVE_TIMES:
                 inputs = make_inputs(network, shapes, 70, 0)
                 control = Control(rtol, rtol)
@@ -392,11 +392,10 @@ def test_adaptive_solves_of_many_steps() -> None:
     torch.set_num_threads(2)
     found = cpu.KERNELS.adaptive(network, tableau, control, inputs, [0.0, 1.0], "activations")
     assert found.program.steps > 40
+    grad = torch.linspace(-1, 1, found.out.numel(), dtype=torch.float64).reshape(2, 300, 2)
+    gradients = cpu.KERNELS.backward(found.program, inputs, found.kept, grad, everything(inputs))
+    torch.set_num_threads(1)
     expected = solve(REFERENCE, found.program, inputs)
-    grad = torch.linspace(-1, 1, expected[0].numel(), dtype=torch.float64)
-    gradients = cpu.KERNELS.backward(
-        found.program, inputs, found.kept, grad.reshape(2, 300, 2), everything(inputs)
-    )
     for x, y in zip(expected, [found.out, *flatten(gradients)], strict=True):
         torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-10)
 
