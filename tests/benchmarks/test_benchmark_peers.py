@@ -71,7 +71,7 @@ def check_adapter(name, peer):
     if call is None:
         assert found["reason"].startswith(("not applicable", "not installed")), found["reason"]
         pytest.skip(found["reason"])
-    assert found["gradient_error"] <= (0.5 if PEERS[peer].approximate else 5e-3)
+    assert found["gradient_error"] <= (0.5 if PEERS[peer].approximate else 2e-2)
     for operation in ("forward", "training"):
         if PEERS[peer].kind == "eager":
             call, found = run.prepare(case, operation, peer, reference, "cpu")
