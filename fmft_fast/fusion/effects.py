@@ -8,7 +8,6 @@ function of torch has to be one that is known to compute and nothing else.
 from __future__ import annotations
 
 import builtins
-import dis
 import gc
 import inspect
 import math
@@ -32,52 +31,9 @@ import torch
 from torch import nn
 
 from .refusal import OWN, TORCH, Refusal, is_library, source_line, user_line
+from .scan import REMEDY, scan
 
-_STORES = {
-    "STORE_ATTR": "sets an attribute",
-    "DELETE_ATTR": "deletes an attribute",
-    "STORE_GLOBAL": "sets a global variable",
-    "DELETE_GLOBAL": "deletes a global variable",
-    "STORE_NAME": "sets a global variable",
-    "STORE_SUBSCR": "writes into a container or tensor",
-    "STORE_SLICE": "writes into a container or tensor",
-    "DELETE_SUBSCR": "deletes from a container",
-    "IMPORT_NAME": "imports a module",
-    "PRINT_EXPR": "prints",
-    "YIELD_FROM": "is a coroutine or delegates to a generator",
-    "GET_AWAITABLE": "is a coroutine",
-    "SETUP_FINALLY": "has a try or with statement",
-    "SETUP_WITH": "has a try or with statement",
-    "BEFORE_WITH": "has a with statement",
-    "LOAD_SPECIAL": "has a with statement",
-    "PUSH_EXC_INFO": "has a try or with statement",
-}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LOADS = (
-    "LOAD_ATTR",
-    "LOAD_GLOBAL",
-    "LOAD_DEREF",
-    "LOAD_NAME",
-    "LOAD_CLASSDEREF",
-    "LOAD_FROM_DICT_OR_DEREF",
-    "BINARY_SUBSCR",
-    "FOR_ITER",
-    "UNPACK_SEQUENCE",
-)
-_REMEDY = (
-    "compute only, and count or log outside of the field; a field with effects is called as written"
-)
-
-_MUTATORS = set(
-    "append extend insert pop popitem remove clear update setdefault add discard sort reverse "
-    "appendleft popleft write put send throw seek".split()
-)
-_MUTATING_DUNDERS = set(
-    "__setattr__ __delattr__ __setitem__ __delitem__ __iadd__ __ior__ __setstate__".split()
-)
-_ACTING_BUILTINS = set(
-    "print setattr delattr exec eval compile open input globals locals vars __import__".split()
-)
 
 # Files of torch that only compute, and what of them may be called from a field.
 _FILES = ("functional.py", "_tensor.py", "overrides.py", "_VF.py", "_jit_internal.py")
@@ -95,6 +51,15 @@ _MODULE_METHODS = {
     "keys",
     "values",
     "items",
+    "parameters",
+    "named_parameters",
+    "buffers",
+    "named_buffers",
+    "modules",
+    "named_modules",
+    "children",
+    "named_children",
+    "_named_members",
     "<genexpr>",
     "<listcomp>",
     "forward",
@@ -118,64 +83,12 @@ _PLAIN_METHODS = {
     torch.Size: None,
 }
 _TORCH_NAMESPACES = {
-    torch._C._nn,
+    torch._C._nn,  # type: ignore[attr-defined]
     torch._C._linalg,  # type: ignore[attr-defined]
     torch._C._special,  # type: ignore[attr-defined]
     torch._C._fft,  # type: ignore[attr-defined]
 }
-_VARIABLE_NAMES = set(dir(torch._C._VariableFunctions))
-
-
-def scan(code: CodeType) -> None:
-    """Refuse a function whose instructions may have an effect outside of its own variables."""
-    before: dict[str, set[str]] = {}
-    updated: list[tuple[str, int]] = []
-    line, previous = code.co_firstlineno, ""
-    pending = False
-    for i in dis.get_instructions(code):
-        if i.starts_line is not None:
-            number = getattr(i, "line_number", None) or i.starts_line
-            line = line if number is True else number
-        problem = _STORES.get(i.opname) or _passes_on(i)
-        if i.opname in ("STORE_DEREF", "DELETE_DEREF") and i.argval in code.co_freevars:
-            problem = f"sets {i.argval} of the enclosing function"
-        if pending:
-            if not i.opname.startswith("STORE_FAST"):
-                problem = "updates something in place"
-            for name in _names(i.argval):
-                updated.append((name, line))
-            pending = False
-        if problem:
-            where = source_line(code.co_filename, line)
-            raise Refusal(f"the field {problem}", where, _REMEDY)
-        if i.opname.startswith("STORE_FAST"):
-            for name in _names(i.argval):
-                before.setdefault(name, set()).add(previous)
-        pending = i.opname.startswith("INPLACE_") or (
-            i.opname == "BINARY_OP" and i.argrepr.endswith("=")
-        )
-        previous = i.opname
-    for name, line in updated:
-        if before.get(name, set()) & set(_LOADS):
-            raise Refusal(
-                f"the field updates {name} in place, which belongs to someone else",
-                source_line(code.co_filename, line),
-                f"write {name} = {name} + ... instead",
-            )
-
-
-def _passes_on(i: dis.Instruction) -> str | None:
-    """What is wrong with a load of something with an effect that is not called on the spot.
-
-    A builtin that another builtin calls (`map(log.append, ...)`) is not seen when it is called.
-    """
-    if i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval in _MUTATING_DUNDERS:
-        return f"uses {i.argval}"
-    if i.opname == "LOAD_ATTR" and i.argval in _MUTATORS and "NULL" not in i.argrepr:
-        return f"passes on {i.argval}"
-    if i.opname == "LOAD_GLOBAL" and "NULL" not in i.argrepr and i.argval in _ACTING_BUILTINS:
-        return f"uses {i.argval}"
-    return None
+_FUNCTIONS: Any = torch._C._VariableFunctions  # type: ignore[attr-defined]
 
 
 def _check_callables(frame: FrameType) -> None:
@@ -206,9 +119,9 @@ def _check_callables(frame: FrameType) -> None:
         if depth < 4 and not _is_trusted_module(value):
             for n in names & _attributes(value):
                 todo.append((n, inspect.getattr_static(value, n, None), depth + 1))
-        if type(value) in (list, tuple, dict) and len(value) < 1000:
-            items = value.values() if isinstance(value, dict) else value
-            todo += [(name, v, depth + 1) for v in items if depth < 4]
+        items: Any = value.values() if type(value) is dict else value
+        if type(value) in (list, tuple, dict) and len(items) < 1000 and depth < 4:
+            todo += [(name, v, depth + 1) for v in items]
 
 
 def _attributes(value: Any) -> set[str]:
@@ -241,10 +154,6 @@ def _is_seen(value: Any) -> bool:
     return isinstance(value, (MethodDescriptorType, WrapperDescriptorType)) or isinstance(
         inspect.getattr_static(type(value), "__call__", None), FunctionType
     )
-
-
-def _names(argval: Any) -> tuple[str, ...]:
-    return argval if isinstance(argval, tuple) else (argval,)
 
 
 class Watch:
@@ -315,13 +224,13 @@ class Watch:
                 self.modules[id(module)] = module
             if code.co_name in _MODULE_METHODS or by.startswith(TORCH):
                 return
-        elif file in _PATHS:
+        elif file in _PATHS or code is torch.is_tensor.__code__:
             return
         raise Refusal(
             f"the field calls {code.co_name} of torch{_dotted(file)}, which may do more than "
             "compute a value",
             user_line(caller),
-            _REMEDY,
+            REMEDY,
         )
 
     def _builtin(self, frame: FrameType, called: Any) -> None:
@@ -336,7 +245,7 @@ class Watch:
                 f"the field calls {getattr(called, '__qualname__', called)}, which may have an "
                 "effect",
                 user_line(frame),
-                _REMEDY,
+                REMEDY,
             )
 
     def _is_fresh(self, method: Any) -> bool:
@@ -393,11 +302,7 @@ def _computes(called: Any) -> bool:
     if isinstance(owner, torch.Tensor):
         return True  # the tracer sees it
     if owner is None or isinstance(owner, type):
-        return (
-            isinstance(called, BuiltinFunctionType)
-            and name in _VARIABLE_NAMES
-            and getattr(torch._C._VariableFunctions, name, None) == called
-        )
+        return isinstance(called, BuiltinFunctionType) and getattr(_FUNCTIONS, name, None) == called
     if isinstance(owner, ModuleType):
         return owner is math or owner in _TORCH_NAMESPACES
     if type(owner) in _PLAIN_METHODS:

@@ -22,19 +22,22 @@ from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
 
 _LIMIT = 8  # results kept per field or code
 _SEEN = 8  # batch sizes of a field that are looked at
+_PATIENCE = 32  # traces of a field without any use of one
 _cache: dict[Any, list[_Entry]] = {}
+_traces: dict[Any, int] = {}
 
 
 class _Entry:
     """A result, for which fields and arguments it holds, and what it depends on."""
 
-    __slots__ = ("parts", "about", "guards", "result", "seen", "refused", "rest")
+    __slots__ = ("parts", "about", "guards", "result", "seen", "refused", "rest", "used")
 
     def __init__(self, parts: list[Any], about: tuple, rest: Any, guards: Guards, result: Any):
         self.parts, self.about, self.rest = parts, about, rest
         self.guards, self.result = guards, result
         self.seen: set[tuple[int, ...]] = set()
         self.refused: set[tuple[int, ...]] = set()
+        self.used = False
 
     def matches(self, parts: tuple, about: tuple, rest: Any) -> bool:
         """Whether a call asks for this."""
@@ -64,7 +67,7 @@ def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan |
     entries = _cache.get(key, ())
     for entry in entries:
         if entry.matches(parts, about, rest):
-            result = entry.result
+            result, entry.used = entry.result, True
             if isinstance(result, Plan):
                 lead = y0.shape[:-1]
                 if lead not in entry.seen and not _admit(entry, field, y0, cond):
@@ -166,6 +169,12 @@ def _find(
         return NotFusable("a profiler is at work, so that calls cannot be watched")
     if y0.is_cuda and torch.cuda.is_current_stream_capturing():
         return NotFusable("a CUDA graph is being captured", remedy="solve once before the capture")
+    _traces[key] = _traces.get(key, 0) + 1
+    if _traces[key] > _PATIENCE and not any(entry.used for entry in _cache.get(key, ())):
+        return NotFusable(
+            "something that the field reads is another one at every call",
+            remedy="keep what changes in a tensor, or pass it as the condition",
+        )
     watch = Watch()
     result: Plan | NotFusable
     try:
@@ -239,6 +248,8 @@ def _weak(parts: tuple, key: Any) -> list[Any]:
             entries[:] = [e for e in entries if all(ref() is not None for ref in e.parts)]
             if not entries:
                 _cache.pop(key, None)
+                if isinstance(key, int):  # an id, which another object may get
+                    _traces.pop(key, None)
 
     refs = []
     for part in parts:
@@ -274,6 +285,8 @@ def _admit(entry: _Entry, field: Any, y0: Tensor, cond: Tensor | None) -> bool:
         return False
     if len(entry.seen) >= _SEEN and 1 not in lead:
         return True
+    if sys.getprofile() is not None:
+        return False
     known = entry.seen if confirm(entry.result, field, y0, cond) else entry.refused
     known.add(lead)
     return known is entry.seen

@@ -190,10 +190,11 @@ class Guards:
                 self._code(constant)
 
     def _object(self, value: Any, always: tuple[str, ...] = ()) -> None:
-        """Note those attributes of an object that code has read; of torch's own modules, all."""
+        """Note the attributes that code has read; of what derives from torch's layers, all."""
         self._classes[type(value)] = None
         scope = value.__dict__
-        whole = self._all or type(value).__module__.startswith("torch.nn.modules")
+        bases = [base for base in type(value).__mro__ if base is not nn.Module]
+        whole = self._all or any(b.__module__.startswith("torch.nn.modules") for b in bases)
         keys = [
             k for k in scope if k in always or ((whole or k in self._names) and k not in _UNREAD)
         ]

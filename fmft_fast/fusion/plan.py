@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ..ops.network import Inputs, Network, evaluate
+from .assembly import Found
+from .compare import alike, generalise
 from .effects import Watch
 from .hoist import Values, conditions, fitted, rows_suffice, tables_by_rows, tables_by_times
-from .recognise import Found, Recogniser
+from .recognise import Recogniser
 from .refusal import Refusal
-from .tracer import Trace, alike, generalise, record
+from .tracer import Trace, record
 
 # Leading sizes that a field is traced with; with the second ones it is tried on numbers as well.
 _SIZES = ((101, 103, 107, 109), (2, 3, 5, 7))

@@ -3,129 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.network import Layer, Network, Term
 from .affine import KIND, Add, Affine, Algebra, Product, Row, constant, hoisted, width
+from .assembly import Assembly, Draft, Found
+from .calls import (
+    ACTIVATIONS,
+    ROWWISE,
+    SEVERAL,
+    TAKES_SIZE,
+    argument,
+    fill_of,
+    has_lead,
+    name_of,
+    shown,
+    time_of,
+    transposed,
+)
 from .refusal import Refusal
 from .tracer import Lead, Node, Trace
-
-_NAMES = {
-    **dict.fromkeys(("add", "__add__", "__radd__", "__iadd__"), "add"),
-    **dict.fromkeys(("sub", "__sub__", "subtract", "__isub__"), "sub"),
-    **dict.fromkeys(("__rsub__", "rsub"), "rsub"),
-    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply", "__imul__"), "mul"),
-    **dict.fromkeys(("div", "__truediv__", "true_divide", "divide", "__itruediv__"), "div"),
-    **dict.fromkeys(("neg", "__neg__", "negative"), "neg"),
-    **dict.fromkeys(("cat", "concat", "concatenate"), "cat"),
-    **dict.fromkeys(("matmul", "__matmul__", "mm"), "matmul"),
-    **dict.fromkeys(("t", "T", "mT", "adjoint"), "transpose"),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), "swap"),
-    **dict.fromkeys(("to", "type_as", "float", "double", "contiguous", "clone", "alias"), "same"),
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"), "same"),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to", "positive", "__pos__"), "same"),
-    **dict.fromkeys(("relu_",), "relu"),
-    **dict.fromkeys(("special_expit", "expit"), "sigmoid"),
-}
-_BROADCASTS = {"repeat", "unsqueeze", "squeeze", "atleast_1d", "atleast_2d", "tile", "__getitem__"}
-_FILLS = {"ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
-_FILLS |= {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0}
-# Calls on rows of which each stays for itself; what is known once holds for every sample then.
-_ROWWISE = (
-    set(_FILLS) | _BROADCASTS | {"full", "full_like", "new_full", "like", "tensor", "t", "part"}
-) | set(
-    "add sub rsub mul div neg cat matmul same linear addmm sin cos exp expm1 log log1p sqrt rsqrt "
-    "square pow __pow__ tanh sigmoid relu leaky_relu elu selu silu gelu softplus mish abs "
-    "reciprocal clamp minimum maximum sinh cosh erf chunk split layer_norm dropout".split()
-)
-_TAKES_SIZE = set(_FILLS) | {"full", "new_full", "like", "same", "repeat"}
-_SEVERAL = {"chunk", "split", "tensor_split"}
-_ACTIVATIONS = set("relu leaky_relu elu selu silu gelu tanh sigmoid softplus".split())
-
-
-@dataclass
-class Draft:
-    """A layer whose tensors are still nodes."""
-
-    affine: Affine
-    activation: str = "identity"
-    slope: float = 1.0
-    skips: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Found:
-    """A network and the nodes of its tensors."""
-
-    network: Network
-    parameters: list[Node]
-    tables: list[Node]
-    conds: list[Node]
-
-
-def name_of(node: Node) -> str:
-    """The common name of a call that has several."""
-    if node.name == "t":
-        return "t" if node.func is None else "transpose"
-    return _NAMES.get(node.name, node.name)
-
-
-def argument(node: Node, position: int, name: str, default: Any) -> Any:
-    """An argument that may be given either way."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def fill_of(node: Any) -> float | None:
-    """The number that a constant consists of, if it is one everywhere."""
-    if isinstance(node, (int, float)) and not isinstance(node, bool):
-        return float(node)
-    if not isinstance(node, Node):
-        return None
-    if node.name in _FILLS:
-        return _FILLS[node.name]
-    if node.name in ("full", "full_like", "new_full"):
-        value = argument(node, 2 if node.name == "new_full" else 1, "fill_value", None)
-        return float(value) if isinstance(value, (int, float)) else None
-    if name_of(node) == "same" or node.name in _BROADCASTS:
-        return fill_of(node.args[0])
-    return None
-
-
-def time_of(node: Any, dtype: torch.dtype) -> tuple[float, float] | None:
-    """The numbers (a, b) if a value is a t + b in every entry."""
-    if not isinstance(node, Node) or node.deps != frozenset("t"):
-        return None
-    if node.dtype != dtype:
-        return None
-    if node.name == "t" and node.func is None:
-        return 1.0, 0.0
-    name = name_of(node)
-    if name == "same" or node.name in _BROADCASTS:
-        return time_of(node.args[0], dtype) if isinstance(node.args[0], Node) else None
-    if name in ("full_like", "full", "new_full"):
-        return time_of(argument(node, 2 if name == "new_full" else 1, "fill_value", None), dtype)
-    if name == "neg":
-        inner = time_of(node.args[0], dtype)
-        return inner and (-inner[0], -inner[1])
-    if name not in ("add", "sub", "rsub", "mul", "div") or node.kwargs or len(node.args) != 2:
-        return None
-    left, right = node.args if name != "rsub" else reversed(node.args)
-    p, q = time_of(left, dtype), time_of(right, dtype)
-    c, d = fill_of(left), fill_of(right)
-    if name == "mul":
-        p, d = (p, d) if p else (q, c)
-        return p and d is not None and (p[0] * d, p[1] * d) or None
-    if name == "div":
-        return (p[0] / d, p[1] / d) if p and d else None
-    p, q = p or (None if c is None else (0.0, c)), q or (None if d is None else (0.0, d))
-    sign = 1 if name == "add" else -1
-    return (p[0] + sign * q[0], p[1] + sign * q[1]) if p and q else None
 
 
 class Recogniser:
@@ -167,24 +66,24 @@ class Recogniser:
         if time is not None:
             return self._time(*time, node.shape[-1] if node.shape else 1)
         if "x" in node.deps and node.name != "part":
-            if node.name not in _SEVERAL and (node.shape[:-1] != self.lead or not node.shape):
+            if node.name not in SEVERAL and (node.shape[:-1] != self.lead or not node.shape):
                 raise self.refuse(
                     node,
-                    f"{node.name} gives the shape {_shown(node.shape)}, which mixes samples or "
+                    f"{node.name} gives the shape {shown(node.shape)}, which mixes samples or "
                     "moves the last axis",
                     "work on the last axis only",
                 )
             if node.dtype != self.like.dtype:
                 raise self.refuse(node, f"{node.name} changes the dtype of the state")
         handler: Callable[[Node], Row] | None = getattr(self, f"_do_{name_of(node)}", None)
-        if name_of(node) in _ACTIVATIONS:
+        if name_of(node) in ACTIVATIONS:
             handler = self._activation
         if handler is None:
             raise self.refuse(
                 node,
                 f"{node.name} is no layer that kernels know",
                 "affine layers and the activations "
-                + ", ".join(sorted(_ACTIVATIONS))
+                + ", ".join(sorted(ACTIVATIONS))
                 + " can be fused",
             )
         return handler(node)
@@ -214,7 +113,7 @@ class Recogniser:
             shape = node.shape
             node = Node("fit", None, (node, size), shape=(size,), deps=node.deps, where=node.where)
             if shape and shape[-1] not in (1, size):
-                raise self.refuse(node, f"a value of shape {_shown(shape)} meets a width of {size}")
+                raise self.refuse(node, f"a value of shape {shown(shape)} meets a width of {size}")
         return (Affine(size, (), (Add(KIND[node.deps], node),)),)
 
     def _check_rowwise(self, node: Node, seen: set[Node]) -> None:
@@ -224,12 +123,12 @@ class Recogniser:
         seen.add(node)
         name = name_of(node)
         inputs = node.inputs()
-        sized = any(_has_lead(n.shape) for n in (node, *inputs))
-        if (_has_lead(node.args) or _has_lead(tuple(node.kwargs.values()))) and (
-            name not in _TAKES_SIZE
+        sized = any(has_lead(n.shape) for n in (node, *inputs))
+        if (has_lead(node.args) or has_lead(tuple(node.kwargs.values()))) and (
+            name not in TAKES_SIZE
         ):
             raise self.refuse(node, f"the batch size enters a value ({node.name})")
-        if sized and name not in _ROWWISE:
+        if sized and name not in ROWWISE:
             raise self.refuse(
                 node, f"{node.name} may mix samples", "compute it before the batch is formed"
             )
@@ -299,7 +198,7 @@ class Recogniser:
         elif name == "gelu":
             approximate = argument(node, 1, "approximate", "none")
             name = {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
-        if not isinstance(slope, (int, float)):
+        if not isinstance(slope, (int, float)) or not node.args:
             raise self.refuse(node, f"the slope of {name} is not a number")
         parts = []
         for part in self.row(node.args[0]):
@@ -332,9 +231,9 @@ class Recogniser:
 
     def _do_add(self, node: Node, sign: float = 1) -> Row:
         size, (left, right) = node.shape[-1], node.args[:2]
-        alpha = argument(node, 2, "alpha", 1)
-        if not isinstance(alpha, (int, float)):
-            raise self.refuse(node, "alpha is not a number")
+        alpha = node.kwargs.get("alpha", 1)
+        if not isinstance(alpha, (int, float)) or len(node.args) > 2:
+            raise self.refuse(node, "alpha is not a number given by name")
         if fill_of(left) == 0:
             parts = self.operand(right, size, node)
             return self._scaled(parts, sign * alpha)
@@ -386,7 +285,7 @@ class Recogniser:
                 raise self.refuse(node, "the state is divided by zero")
             return self._scaled(row, 1 / number if inverse else number)
         if not isinstance(factor, Node):
-            raise self.refuse(node, f"the state is multiplied by a {_shown(factor)}")
+            raise self.refuse(node, f"the state is multiplied by a {shown(factor)}")
         (known,) = self.known(factor, size)
         vector = known.adds[0].node
         assert vector is not None
@@ -456,8 +355,8 @@ class Recogniser:
                 "a matrix depends on the state, the time or the condition",
                 "matrices have to be the same in all stages",
             )
-        if len(weight.shape) != 2 or _has_lead(weight.shape) or weight.dtype != self.like.dtype:
-            raise self.refuse(node, f"the matrix has the shape {_shown(weight.shape)}")
+        if len(weight.shape) != 2 or has_lead(weight.shape) or weight.dtype != self.like.dtype:
+            raise self.refuse(node, f"the matrix has the shape {shown(weight.shape)}")
         self._check_rowwise(weight, set())
         out = (self.algebra.linear(self.row(x), weight, self.value_of),)
         if bias is None:
@@ -466,7 +365,7 @@ class Recogniser:
 
     def _do_part(self, node: Node) -> Row:
         parent, i = node.args
-        if parent.name not in _SEVERAL:
+        if parent.name not in SEVERAL:
             raise self.refuse(node, f"{parent.name} is no layer that kernels know")
         source = parent.args[0]
         dim = argument(parent, 2, "dim", 0)
@@ -507,7 +406,7 @@ class Recogniser:
         if result.shape != (*self.lead, self.state):
             raise self.refuse(
                 result,
-                f"the field returns the shape {_shown(result.shape)}, not that of its state",
+                f"the field returns the shape {shown(result.shape)}, not that of its state",
             )
         needed, todo = set(), [result]
         while todo:
@@ -516,7 +415,7 @@ class Recogniser:
                 needed.add(node)
                 todo.extend(node.inputs())
         for node in trace.nodes:  # in the order of the calls, so that sums are shared
-            if node in needed and node.name not in _SEVERAL:
+            if node in needed and node.name not in SEVERAL:
                 self.row(node)
         last = self.algebra.join(self._settled(self.row(result)))
         out = last.single
@@ -524,22 +423,7 @@ class Recogniser:
             self.drafts.append(Draft(last))
             self.widths.append(last.width)
             out = len(self.drafts)
-        return Assembly(self, out).found()
-
-
-def transposed(node: Node) -> Node:
-    """The transpose of a matrix; of a transpose, what it was made from."""
-    name = name_of(node)
-    swapped = name == "swap" and sorted(d % 2 for d in node.args[1:3]) == [0, 1]
-    if len(node.shape) == 2 and (name == "transpose" or swapped):
-        return node.args[0]
-    out = hoisted(_transpose, node.shape[::-1], node)
-    out.dtype = node.dtype
-    return out
-
-
-def _transpose(value: Tensor) -> Tensor:
-    return value.T.contiguous()
+        return Assembly(self.state, self.drafts, self.algebra, out).found()
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -548,132 +432,3 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _part(value: Tensor, start: int, stop: int) -> Tensor:
     return value[start:stop]
-
-
-def _has_lead(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(map(_has_lead, value))
-    if isinstance(value, slice):
-        return _has_lead((value.start, value.stop, value.step))
-    return isinstance(value, Lead)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join("batch" if isinstance(n, Lead) else str(n) for n in value) + "]"
-    return type(value).__name__
-
-
-class Assembly:
-    """Numbers the layers and tensors that the velocity needs."""
-
-    def __init__(self, recogniser: Recogniser, out: int):
-        self.source = recogniser
-        self.drafts = recogniser.drafts
-        self.out = out
-        self.parameters: list[Node] = []
-        self.tables: list[Node] = []
-        self.conds: list[Node] = []
-        self.sums: dict[tuple, Node] = {}
-
-    def found(self) -> Found:
-        """The network."""
-        self._fold_skips()
-        live = sorted(self._live())
-        numbers = {0: 0} | {old: new + 1 for new, old in enumerate(live)}
-        layers = tuple(self._layer(self.drafts[i - 1], numbers) for i in live)
-        network = Network(self.source.state, layers)
-        return Found(network, self.parameters, self.tables, self.conds)
-
-    def _sources(self, draft: Draft) -> list[int]:
-        return [term.source for term in draft.affine.terms] + draft.skips
-
-    def _live(self) -> set[int]:
-        live, todo = set(), [self.out]
-        while todo:
-            i = todo.pop()
-            if i and i not in live:
-                live.add(i)
-                todo.extend(self._sources(self.drafts[i - 1]))
-        return live
-
-    def _fold_skips(self) -> None:
-        """Turn a layer that only adds up values into skips of the last of them."""
-        for i in sorted(self._live()):
-            draft = self.drafts[i - 1]
-            terms = draft.affine.terms
-            plain = draft.activation == "identity" and not draft.affine.adds and len(terms) > 1
-            if not plain or any(term.weight is not None for term in terms):
-                continue
-            sources = sorted([term.source for term in terms] + draft.skips)
-            into = sources.pop()
-            readers = [j for j in self._live() if into in self._sources(self.drafts[j - 1])]
-            if readers != [i] or into == sources[-1] or not into:
-                continue
-            target = self.drafts[into - 1]
-            # The folded layer takes the number of the sum, so that its readers stay right.
-            self.drafts[i - 1] = Draft(
-                target.affine, target.activation, target.slope, target.skips + sources
-            )
-
-    def _number(self, nodes: list[Node], node: Node) -> int:
-        if node not in nodes:
-            nodes.append(node)
-        return nodes.index(node)
-
-    def _layer(self, draft: Draft, numbers: dict[int, int]) -> Layer:
-        part = draft.affine
-        terms = tuple(
-            Term(
-                numbers[term.source],
-                None
-                if term.weight is None
-                else self._number(self.parameters, _rowmajor(term.weight)),
-                term.column,
-            )
-            for term in part.terms
-        )
-        times = [add for add in part.adds if add.kind == "time"]
-        time = None
-        if len(times) == 1 and times[0].node is not None:
-            time = (self._number(self.parameters, _rowmajor(times[0].node)), times[0].column)
-        elif times:
-            column = self._sum([self.source.algebra.time_column(part.width, add) for add in times])
-            time = (self._number(self.parameters, column), 0)
-        numbered: dict[str, int | None] = {}
-        for kind, nodes in (
-            ("const", self.parameters),
-            ("table", self.tables),
-            ("cond", self.conds),
-        ):
-            found = [add.node for add in part.adds if add.kind == kind and add.node is not None]
-            numbered[kind] = self._number(nodes, self._sum(found)) if found else None
-        return Layer(
-            part.width,
-            terms,
-            numbered["const"],
-            time,
-            numbered["table"],
-            numbered["cond"],
-            draft.activation,
-            draft.slope,
-            tuple(numbers[s] for s in draft.skips),
-        )
-
-    def _sum(self, nodes: list[Node]) -> Node:
-        total = nodes[0]
-        for node in nodes[1:]:
-            key = (total, node)
-            if key not in self.sums:
-                self.sums[key] = hoisted(torch.add, node.shape, total, node)
-            total = self.sums[key]
-        return total
-
-
-def _rowmajor(node: Node) -> Node:
-    """A matrix whose columns lie next to each other."""
-    if node.tensor is None or node.tensor.stride(-1) == 1:
-        return node
-    if node.contiguous is None:
-        node.contiguous = hoisted(Tensor.contiguous, node.shape, node)
-    return node.contiguous

@@ -20,7 +20,7 @@ VIEWS = set(
 )
 _SAME = set(
     "relu leaky_relu elu selu silu gelu tanh sigmoid softplus sin cos exp sqrt rsqrt log log1p "
-    "expm1 square reciprocal neg __neg__ negative dropout".split()
+    "expm1 square reciprocal neg __neg__ negative".split()
 )
 _BINARY = set(
     "add sub rsub mul div true_divide multiply subtract divide pow __add__ __radd__ __sub__ "
@@ -54,11 +54,16 @@ def shape_only(name: str, func: Callable, args: tuple, kwargs: dict[str, Any]) -
         return _binary(*args)
     if not isinstance(first, Tensor) or not first.dtype.is_floating_point:
         return None
+    if name == "dropout":  # without effect it gives its argument itself
+        active = argument(args, kwargs, 2, "training", True) and argument(args, kwargs, 1, "p", 0.5)
+        return None if active else first
     if name in _SAME:
-        active = name == "dropout" and argument(args, kwargs, 2, "training", True)
-        return None if active else _empty(first.shape, first.dtype)
+        return _empty(first.shape, first.dtype)
     if name in ("matmul", "mm", "__matmul__") and isinstance(args[1], Tensor):
         return _product(first, args[1].T) if args[1].ndim == 2 else None
+    if name == "addmm" and len(args) == 3 and not kwargs and args[1].ndim == args[2].ndim == 2:
+        same = first.dtype == args[1].dtype and first.shape[-1:] == args[2].shape[1:]
+        return _product(args[1], args[2].T) if same else None
     if name != "linear" or len(args) < 2 or args[1].ndim != 2:
         return None
     bias = argument(args, kwargs, 2, "bias", None)

@@ -48,7 +48,7 @@ class Node:
 
     name: str
     func: Callable | None = None
-    args: tuple = ()
+    args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     shape: tuple = ()
     dtype: torch.dtype = torch.float32
@@ -212,7 +212,7 @@ class Recorder(TorchFunctionMode):
         finally:
             self.watch.paused = False
 
-    def _call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__", "__delete__"):
             if name != "__get__":
@@ -290,7 +290,7 @@ class Recorder(TorchFunctionMode):
         self.nodes.append(like)
         return like
 
-    def _constant(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _constant(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         found: list[Any] = []
         convert((args, tuple(kwargs.values())), found.append)
         if not all(
@@ -303,7 +303,7 @@ class Recorder(TorchFunctionMode):
         self.made[id(out)] = out
         return out
 
-    def _target(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    def _target(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The tensor that a call changes in place, if the field itself has made it."""
         flagged = name in _INPLACE_FLAG and (
             kwargs.get("inplace") or (len(args) > 1 and args[-1] is True)
@@ -315,6 +315,8 @@ class Recorder(TorchFunctionMode):
                     "use the operation without the underscore at its end",
                 )
             return None
+        if not args:
+            raise self._refuse(f"{name} is called by names only")
         node, meta = self._twin(args[0])
         storage = meta.untyped_storage()._cdata
         shared = sum(m.untyped_storage()._cdata == storage for _, m in self.by_id.values())
@@ -329,7 +331,7 @@ class Recorder(TorchFunctionMode):
         self,
         name: str,
         func: Callable,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Any,
         target: Tensor | None,
@@ -405,91 +407,3 @@ def record(
     if not isinstance(out, Tensor):
         raise Refusal(f"the field returns a {type(out).__name__}, not a tensor")
     return Trace(recorder.nodes, recorder.node_of(out), recorder.outside)
-
-
-def generalise(first: Trace, second: Trace, leads: tuple[Sequence[int], Sequence[int]]) -> None:
-    """Turn the leading sizes in the first trace into `Lead`s; the second has to be the same."""
-    pairs = {}
-    for axis, pair in enumerate(zip(*leads, strict=True)):
-        pairs[pair] = Lead(axis)
-    index = {id(n): i for i, n in enumerate(first.nodes)}
-    other = {id(n): i for i, n in enumerate(second.nodes)}
-
-    def differ(node: Node) -> Refusal:
-        return Refusal("what the field computes depends on the batch size", node.where)
-
-    def merge(a: Any, b: Any, node: Node) -> Any:
-        if isinstance(a, Node):
-            if not isinstance(b, Node) or index[id(a)] != other[id(b)]:
-                raise differ(node)
-            return a
-        if isinstance(a, (tuple, list)):
-            if type(a) is not type(b) or len(a) != len(b):
-                raise differ(node)
-            return (
-                type(a)([merge(p, q, node) for p, q in zip(a, b, strict=True)])
-                if (type(a) in (tuple, list))
-                else tuple(merge(p, q, node) for p, q in zip(a, b, strict=True))
-            )
-        if isinstance(a, slice):
-            ends = [(a.start, b.start), (a.stop, b.stop), (a.step, b.step)]
-            return slice(*(merge(p, q, node) for p, q in ends))
-        if type(a) is type(b) and a == b:
-            return a
-        if isinstance(a, int) and isinstance(b, int) and (a, b) in pairs:
-            return pairs[a, b]
-        raise differ(node)
-
-    if len(first.nodes) != len(second.nodes):
-        raise Refusal("what the field computes depends on the batch size")
-    for a, b in zip(first.nodes, second.nodes, strict=True):
-        if a.name != b.name or a.tensor is not b.tensor or a.kwargs.keys() != b.kwargs.keys():
-            if not (a.name == b.name == "tensor" and _same_constant(a.tensor, b.tensor)):
-                raise differ(a)
-        a.args = merge(a.args, b.args, a)
-        a.kwargs = {k: merge(v, b.kwargs[k], a) for k, v in a.kwargs.items()}
-        a.shape = merge(a.shape, b.shape, a)
-        if a.dtype != b.dtype:
-            raise differ(a)
-    if index[id(first.result)] != other[id(second.result)]:
-        raise differ(first.result)
-
-
-def _same_constant(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether torch.tensor was called with the same values in both traces."""
-    return (
-        a is not None
-        and b is not None
-        and not isinstance(a, torch.nn.Parameter)
-        and a.dtype == b.dtype
-        and torch.equal(a, b)
-    )
-
-
-def alike(trace: Trace, again: Trace, sizes: Sequence[int]) -> bool:
-    """Whether a trace is another one, generalised, with these sizes for its `Lead`s."""
-    index = {id(n): i for i, n in enumerate(trace.nodes)}
-    other = {id(n): i for i, n in enumerate(again.nodes)}
-
-    def same(a: Any, b: Any) -> bool:
-        if isinstance(a, Node):
-            return isinstance(b, Node) and index[id(a)] == other[id(b)]
-        if isinstance(a, Lead):
-            return b == sizes[a.axis]
-        if isinstance(a, (tuple, list)):
-            return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(same, a, b))
-        if isinstance(a, slice) and isinstance(b, slice):
-            return same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
-        return type(a) is type(b) and a == b
-
-    return (
-        len(trace.nodes) == len(again.nodes)
-        and index[id(trace.result)] == other[id(again.result)]
-        and all(
-            a.name == b.name
-            and same((a.args, a.shape), (b.args, b.shape))
-            and a.kwargs.keys() == b.kwargs.keys()
-            and all(same(v, b.kwargs[k]) for k, v in a.kwargs.items())
-            for a, b in zip(trace.nodes, again.nodes, strict=True)
-        )
-    )

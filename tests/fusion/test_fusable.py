@@ -329,6 +329,16 @@ def test_a_skip_becomes_a_skip():
     assert [layer.skips for layer in plan.network.layers] == [(), (1,), (2,), ()]
 
 
+def test_a_field_may_ask_its_parameters_for_their_dtype():
+    class Asks(Plain):
+        def forward(self, t, x):
+            assert torch.is_tensor(t)
+            like = next(self.parameters())
+            return self.net(x.to(like.dtype).to(like.device)) + t.to(like)
+
+    check(Asks(nn.Tanh()).double(), torch.randn(4, D, dtype=torch.float64))
+
+
 def test_a_negated_state():
     check(lambda t, x: -x, torch.randn(5, 2, dtype=torch.float64))
 

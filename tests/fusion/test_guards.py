@@ -186,7 +186,7 @@ def test_bound_methods_and_callables():
 def test_nothing_keeps_a_field_alive():
     y = torch.randn(4, D)
     net = MLP(D, (4,))
-    field = lambda t, x: net(t, x)  # noqa: E731
+    field = lambda t, x: net(t, x)  # noqa: E731, F821
     assert isinstance(find_plan(net, y), Plan) and isinstance(find_plan(field, y), Plan)
     gone = weakref.ref(net)
     count = len(_cache)
@@ -206,3 +206,31 @@ def test_a_field_that_looks_at_the_batch_is_refused_there():
     assert isinstance(find_plan(field, torch.randn(6, D)), NotFusable)
     assert isinstance(find_plan(field, torch.randn(6, D)), NotFusable)
     assert isinstance(find_plan(field, torch.randn(5, D)), Plan)
+
+
+def test_a_field_that_is_another_one_every_time_is_not_traced_for_ever():
+    y = torch.randn(4, D)
+
+    def make(scale):
+        return lambda t, x: scale * x
+
+    results = [find_plan(make(float(i)), y) for i in range(40)]
+    assert isinstance(results[0], Plan) and isinstance(results[-1], NotFusable)
+    assert "another one at every call" in results[-1].reason
+
+
+def test_a_layer_derived_from_one_of_torch_is_guarded_too():
+    class Mine(nn.LeakyReLU):
+        def forward(self, x):
+            return super().forward(x)
+
+    net, y = nn.Sequential(nn.Linear(D, D), Mine(0.1)), torch.randn(4, D)
+
+    def field(t, x):
+        return net(x)
+
+    plan = find_plan(field, y)
+    assert isinstance(plan, Plan) and plan.network.layers[0].slope == 0.1
+    net[1].negative_slope = 0.3
+    other = find_plan(field, y)
+    assert isinstance(other, Plan) and other.network.layers[0].slope == 0.3

@@ -94,6 +94,12 @@ def in_place_state(self, t, x):
     return self.net(x)
 
 
+def in_place_alias(self, t, x):
+    h = F.dropout(x, 0.5, training=False)
+    h += 1
+    return self.net(h) + x
+
+
 def other_dtype(self, t, x):
     return self.net(x).double()
 
@@ -126,6 +132,7 @@ LINES = {
     transposed: ("shape|mixes|product", "W @ x.T"),
     hypernet: ("matrix depends", "x @ (t * W)"),
     in_place_state: ("in place", "x += 1"),
+    in_place_alias: ("in place", "h += 1"),
     other_dtype: ("dtype", ".double()"),
     compare: ("gt|where", "torch.where"),
     own_gradient: ("gradients itself", "x.requires_grad_(True)"),
