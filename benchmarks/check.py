@@ -15,7 +15,7 @@ from .peers import LEARNING_RATE, PEERS, Peer
 
 # Relative errors (2-norm) of float32 results that pass. With fixed steps the reference takes the
 # same steps, so only rounding is left; with adaptive steps the reference has tolerances of 1e-11,
-# and what is left is the error that tolerances of 1e-5 allow (torchdiffeq: 8e-5 and 2e-3 on dopri5).
+# what is left is what tolerances of 1e-5 allow (torchdiffeq: 8e-5 and 2e-3 on the case dopri5).
 BOUNDS = {
     "fixed": {"forward": 1e-5, "gradient": 1e-4, "training": 5e-2},
     "adaptive": {"forward": 5e-4, "gradient": 2e-2, "training": 2e-1},
