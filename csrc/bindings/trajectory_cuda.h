@@ -37,8 +37,8 @@ inline cuda::Field planned_field(const std::vector<int>& head,
 
 using Addresses = std::vector<Address>;
 
-// The tensors in groups: [y0, out, kept, grad, grad_y0, partials], the program's [times, h, first, dense],
-// parameters, tables, conds, gradients of conds, values and deltas.
+// The tensors in groups: [y0, out, kept, grad, grad_y0, partials], [times, h, first, dense], parameters,
+// tables, conds, gradients of conds, values and deltas.
 inline cuda::Solve solve_call(const std::vector<Addresses>& at, const std::vector<int>& columns,
                               const std::vector<int>& parameter_at,
                               const std::vector<int64_t>& table_at, int64_t gradient_size,

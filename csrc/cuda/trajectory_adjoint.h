@@ -80,8 +80,8 @@ struct Adjoint : Block<T, M> {
     }
   }
 
-  // Calls f(term, parameter, input tiles 2 i and 2 i + 1, output tile) for the parts of the gradients of a
-  // layer's matrices that this warp adds up.
+  // Calls f(term, i, o) for the parts of the gradients of a layer's matrices that this warp adds up: input
+  // tiles 2 i and 2 i + 1, output tile o.
   template <class F>
   FMFT_DEVICE void for_sums(const FieldLayer& layer, F&& f) const {
     if (partials == nullptr || field.deferred) return;

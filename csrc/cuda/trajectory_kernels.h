@@ -10,7 +10,7 @@ namespace fmft::cuda {
 
 constexpr int kMaxWarps = 8;
 
-// A matrix in shared memory as T bf16 matrices, whose rows are padded so that eight of them hit all banks.
+// A matrix in shared memory as T bf16 matrices; rows are padded so that eight of them hit all banks.
 struct Staged {
   uint16_t* at;
   int stride;  // of a row
@@ -121,8 +121,8 @@ FMFT_DEVICE void add_saved(Tile<M>& tile, const float4* from) {
 
 // c += a b over the tiles first, first + step, ... < count of the inner dimension. a is stored as
 // [rows][inner], or [inner][rows] if TurnA; b as [columns][inner], or [inner][columns] if TurnB; both
-// begin at their corner. Products of the relative order 2^(-8 T) are left out: they are no larger than what
-// the terms leave out. The smallest products are added up on their own: this is more accurate, and an
+// begin at their corner. Products of the relative order 2^(-8 T) are left out: they are no larger than
+// what the terms leave out. The smallest products are added up on their own: this is more accurate, and an
 // instruction waits for fewer others.
 template <int T, int M, bool TurnA, bool TurnB>
 FMFT_DEVICE void multiply(Tile<M>& c, const Staged& a, const Staged& b, int first, int count,

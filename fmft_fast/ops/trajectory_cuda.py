@@ -13,6 +13,7 @@ import functools
 import struct
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -330,6 +331,13 @@ def _columns(network: Network) -> dict[int, list[int]]:
     return used
 
 
+@functools.lru_cache(maxsize=256)
+def _reads_all(same: _Same, *columns: int) -> bool:
+    """Tell whether every column of every parameter is read, so that every gradient is written."""
+    used = _columns(same.it)
+    return all(len(used[i]) == count for i, count in enumerate(columns))
+
+
 def _split() -> int:
     return SPLITS[torch.get_float32_matmul_precision()]
 
@@ -537,17 +545,20 @@ class _Trajectory:
         batch, network = y0.shape[0], program.network
         queue = _queue(y0)
         found, blocks = _chosen(program, y0, split, True, queue[0])
-        sizes = [x.numel() if w else -1 for x, w in _pairs(inputs, wanted)]
-        places = [
-            sum(n for n in sizes[:i] if n > 0) if sizes[i] >= 0 else -1 for i in range(len(sizes))
+        asked = [
+            (x, bool(w))
+            for x, w in zip(
+                [*inputs.parameters, *inputs.tables],
+                [*wanted.parameters, *wanted.tables],
+                strict=True,
+            )
         ]
-        total = sum(n for n in sizes if n > 0)
-        used = _columns(network)
-        whole = not found.deferred and all(
-            len(used[i]) == columns for i, columns in enumerate(_columns_of(inputs))
-        )
-        make = torch.empty if whole else torch.zeros
-        partials = make((blocks, total), device=y0.device) if total else None
+        sizes = [x.numel() if w else 0 for x, w in asked]
+        *starts, total = accumulate(sizes, initial=0)
+        places = [at if w else -1 for at, (_, w) in zip(starts, asked, strict=True)]
+        whole = not found.deferred and _reads_all(_Same(network), *_columns_of(inputs))
+        make = y0.new_empty if whole else y0.new_zeros
+        partials = make((blocks, total)) if total else None
         flat = y0.new_empty(total)
         grad_y0 = torch.empty_like(y0) if wanted.y0 else None
         conds = [
@@ -579,18 +590,12 @@ class _Trajectory:
         )
         _cuda.trajectory_backward(found.field, solve, blocks, flat.data_ptr(), *queue)
         shaped = [
-            flat[at : at + n].view(x.shape) if n >= 0 else None
-            for at, n, (x, _) in zip(places, sizes, _pairs(inputs, wanted), strict=True)
+            part.view(x.shape) if w else None
+            for part, (x, w) in zip(flat.split(sizes), asked, strict=True)
         ]
         if found.deferred:
             _add_products(network, shaped, values, deltas)
         return rebuild(inputs, [grad_y0, *shaped, *conds])
-
-
-def _pairs(inputs: Inputs, wanted: Inputs) -> list[tuple[Tensor, bool]]:
-    """Return parameters and tables, and whether their gradients are wanted."""
-    tensors = [*inputs.parameters, *inputs.tables]
-    return list(zip(tensors, [*wanted.parameters, *wanted.tables], strict=True))
 
 
 def _square(program: Program) -> list[list[float]]:
