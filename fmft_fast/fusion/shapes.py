@@ -40,6 +40,8 @@ def shape_only(name: str, func: Callable, args: tuple, kwargs: dict[str, Any]) -
     if name in _FACTORIES and not _tensors((*args, *kwargs.values())):
         made = func(*args, **{**kwargs, "device": "cpu"})
         return _empty(made.shape, made.dtype)
+    if name == "full" and len(args) == 2 and isinstance(args[1], Tensor):
+        return _empty(args[0], kwargs.get("dtype") or torch.get_default_dtype())
     if name == "repeat" and isinstance(first, Tensor):
         times = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
         shape = (1,) * (len(times) - first.ndim) + tuple(first.shape)

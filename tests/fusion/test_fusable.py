@@ -339,6 +339,16 @@ def test_a_field_may_ask_its_parameters_for_their_dtype():
     check(Asks(nn.Tanh()).double(), torch.randn(4, D, dtype=torch.float64))
 
 
+def test_time_written_into_a_column():
+    net = nn.Sequential(nn.Linear(D + 1, 5), nn.Tanh(), nn.Linear(5, D))
+
+    def field(t, x):
+        return net(torch.cat([x, torch.full((x.shape[0], 1), t)], 1))
+
+    plan = find_plan(field, torch.randn(4, D))
+    assert isinstance(plan, Plan) and plan.network.layers[0].time == (0, D)
+
+
 def test_a_negated_state():
     check(lambda t, x: -x, torch.randn(5, 2, dtype=torch.float64))
 
