@@ -2,7 +2,9 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstring>
+#include <type_traits>
 
 #include "../cuda/trajectory.h"
 #include "step_call.h"

@@ -225,6 +225,15 @@ def test_refusals_say_what_is_not_supported(kernels) -> None:
         kernels.forward(program, inputs, "nothing")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_failure_is_clear() -> None:
+    module = pytest.importorskip("fmft_fast._cuda", exc_type=ImportError)
+    with pytest.raises(RuntimeError, match="CUDA device's limits failed"):
+        module.trajectory_shared_memory(0)
+    with pytest.raises(ValueError, match="expected a plan of"):
+        module.Field([1, 2], [], [], [], [], [])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc of the CUDA toolkit")
 @pytest.mark.parametrize("capability", [80, 90])
