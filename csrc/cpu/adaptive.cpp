@@ -7,7 +7,8 @@
 namespace fmft::cpu {
 namespace {
 
-constexpr int64_t kFirstSteps = 16;
+// The kept memory grows by about so much.
+constexpr int64_t kChunkBytes = 16 << 20;
 
 class Adaptive {
  public:
@@ -32,7 +33,13 @@ class Adaptive {
     attempt_.rtol = control.rtol;
     attempt_.atol = control.atol;
     for (int i = 0; i < stages_; ++i) attempt_.k[i] = i + 2;
-    make_room(kFirstSteps);
+    // Two slots at least, for the first slope and that of the first guess at a step.
+    steps_.kept.slots = stages_;
+    const int64_t stage = tiles_ * make_plan(solve_, steps_.kept, nullptr).kept.size() / stages_;
+    steps_.kept.slots = std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(stage * size_, 1),
+                                            stages_, 64 * stages_);
+    plan_ = std::make_unique<Plan>(make_plan(solve_, steps_.kept, nullptr));
+    make_room(1);
     state_bytes_ = (stages_ + 2) * steps_.kept.tile_rows * plan_->values[0].ld * size_;
     state_ = Memory(tiles_ * state_bytes_);
     packs_ = Memory(plan_->packs.size() * size_);
@@ -66,32 +73,11 @@ class Adaptive {
     return std::move(steps_);
   }
 
-  // Room for so many steps in the kept memory; what lies there moves along.
-  void make_room(int64_t steps) {
+  // Room for this slot.
+  void make_room(int64_t slot) {
     Kept& kept = steps_.kept;
-    const int64_t before = kept.slots;
-    std::unique_ptr<Plan> old = std::move(plan_);
-    Memory memory = std::move(kept.memory);
-    kept.slots = kept.keep == Keep::nothing ? 2 : steps * (stages_ - 1) + 1;
-    room_ = kept.keep == Keep::nothing ? INT64_MAX : steps;
-    plan_ = std::make_unique<Plan>(make_plan(solve_, kept, nullptr));
-    plan_->job.packs = packs_.data();
-    kept.memory = Memory(tiles_ * plan_->kept.size() * size_);
-    if (!old) return;
-    const auto move = [&](const Buffer& from, const Buffer& to, int64_t ld) {
-      if (!to.kept) return;
-      for (int64_t tile = 0; tile < tiles_; ++tile)
-        memcpy(static_cast<char*>(kept.memory.data()) +
-                   (tile * plan_->kept.size() + to.offset) * size_,
-               static_cast<const char*>(memory.data()) +
-                   (tile * old->kept.size() + from.offset) * size_,
-               before * kept.tile_rows * ld * size_);
-    };
-    for (size_t v = 0; v < plan_->values.size(); ++v) {
-      const int64_t ld = plan_->values[v].ld;
-      move(old->values[v].value, plan_->values[v].value, ld);
-      if (v > 0) move(old->layers[v - 1].slope, plan_->layers[v - 1].slope, ld);
-    }
+    while (static_cast<int64_t>(kept.chunks.size()) * kept.slots <= slot)
+      kept.chunks.emplace_back(tiles_ * plan_->kept.size() * size_);
   }
 
   template <class Run>
@@ -161,8 +147,8 @@ class Adaptive {
     const double h = clamp(h_), s1 = s_ + h;
     if (!(s1 > s_)) return Outcome::underflow;
     const int64_t n = static_cast<int64_t>(steps_.h.size());
-    if (n >= room_) make_room(2 * room_);
     attempt_.step = steps_.kept.keep == Keep::nothing ? 0 : n;
+    make_room((attempt_.step + 1) * (stages_ - 1));
     attempt_.h = direction_ * h;
     for (int i = 0; i < stages_; ++i)
       times_[i] = direction_ * (c_[i] == 1 ? s1 : s_ + c_[i] * h);
@@ -233,7 +219,7 @@ class Adaptive {
   Control control_;
   int stages_;
   int64_t size_;
-  int64_t tiles_ = 0, room_ = 0, state_bytes_ = 0;
+  int64_t tiles_ = 0, state_bytes_ = 0;
   std::unique_ptr<Plan> plan_;
   Memory packs_, state_;
   std::vector<double> sums_, times_;

@@ -86,7 +86,7 @@ Pool& pool() {
 }
 
 constexpr size_t kHuge = size_t{1} << 21;
-constexpr size_t kMostPooled = size_t{1} << 28;
+constexpr size_t kMostPooled = size_t{1} << 29;
 
 struct Block {
   void* data;

@@ -68,7 +68,7 @@ Kept trajectory_forward(const Solve& solve, Keep keep, void* out) {
   const int64_t size = number_size(solve.type);
   Plan plan = make_plan(solve, kept, nullptr);
   const int64_t tiles = (solve.batch + kept.tile_rows - 1) / kept.tile_rows;
-  kept.memory = Memory(tiles * plan.kept.size() * size);
+  kept.chunks.emplace_back(tiles * plan.kept.size() * size);
   const Memory packs(plan.packs.size() * size);
   plan.job.packs = packs.data();
   plan.job.out = out;

@@ -18,7 +18,7 @@ constexpr int kMaxValues = 64;
 struct Buffer {
   int64_t offset = -1;  // -1: absent
   bool per_stage = false;
-  bool kept = false;  // in the memory that lasts from the forward to the backward pass
+  bool kept = false;  // in the chunks of memory that last from the forward to the backward pass
 };
 
 // A value of the network in a tile. Narrow ones are dense; others are padded to whole vectors.
@@ -63,6 +63,7 @@ struct Job {
   // slot after the last step holds that of the last step.
   bool shared = false;
   const double *a = nullptr, *b = nullptr, *times = nullptr, *h = nullptr;
+  int64_t chunk = 1;              // slots in a chunk of the kept memory
   const uint8_t* live = nullptr;  // of every slot: whether anything reads the stage
   int64_t outputs = 0;
   const int64_t* output_at = nullptr;
@@ -90,7 +91,9 @@ struct Job {
 
 struct TileMemory {
   int64_t first = 0, rows = 0;
-  void *kept = nullptr, *scratch = nullptr, *gradients = nullptr;
+  void* const* kept = nullptr;  // the chunks, in which the tile begins at kept_offset
+  int64_t kept_offset = 0;
+  void *scratch = nullptr, *gradients = nullptr;
   void* state = nullptr;  // what an adaptive solve carries from step to step
 };
 
@@ -166,8 +169,12 @@ struct Kept {
   Keep keep = Keep::nothing;
   int parts = 1;
   int64_t tile_rows = 0;
-  int64_t slots = 0;  // stages that there is room for
-  Memory memory;
+  int64_t slots = 1;  // stages that a chunk has room for
+  std::vector<Memory> chunks;
+
+  Kept() = default;
+  Kept(Kept&&) = default;
+  Kept& operator=(Kept&&) = default;
 };
 
 // Where the gradients go; nullptr where they are not wanted.

@@ -15,21 +15,26 @@ template <class T>
 struct Tile {
   const Job& job;
   int64_t first, rows;
-  T *kept, *scratch, *gradients;
+  void* const* kept;
+  int64_t kept_offset;
+  T *scratch, *gradients;
   int64_t base;  // the stage that comes first in the scratch memory
 
   Tile(const Job& job, const TileMemory& memory)
       : job(job),
         first(memory.first),
         rows(memory.rows),
-        kept(static_cast<T*>(memory.kept)),
+        kept(memory.kept),
+        kept_offset(memory.kept_offset),
         scratch(static_cast<T*>(memory.scratch)),
         gradients(static_cast<T*>(memory.gradients)),
         base(0) {}
 
   T* at(const Buffer& buffer, int64_t ld, int64_t q) const {
-    const int64_t slot = !buffer.per_stage ? 0 : buffer.kept ? q : q - base;
-    return (buffer.kept ? kept : scratch) + buffer.offset + slot * rows * ld;
+    if (buffer.kept)
+      return static_cast<T*>(kept[q / job.chunk]) + kept_offset + buffer.offset +
+             q % job.chunk * rows * ld;
+    return scratch + buffer.offset + (buffer.per_stage ? q - base : 0) * rows * ld;
   }
   T* value(int number, int64_t q) const {
     return at(job.values[number].value, job.values[number].ld, q);
@@ -263,8 +268,8 @@ void evaluate(const Tile<T>& tile, int64_t q, double t, T* velocity) {
     for (int i = 0; i < layer.term_count; ++i) {
       const Term& term = layer.terms[i];
       if (term.parameter < 0) continue;
-      add_term(tile, term, out, static_cast<const T*>(tile.value(term.source, q)), z, first_row,
-               add);
+      add_term(tile, term, out, static_cast<const T*>(tile.value(term.source, q)), z,
+               add ? nullptr : first_row, add);
       add = true;
     }
     if (!add)
@@ -552,7 +557,8 @@ void backward_tile(const Job& job, const TileMemory& memory) {
       const int64_t end = slot0 + job.window * slots < last ? slot0 + job.window * slots : last;
       for (int64_t q = slot0; q < end;) {
         const int64_t from = q;
-        while (q < end && job.live[q]) ++q;
+        const int64_t chunk_end = (from / job.chunk + 1) * job.chunk;
+        while (q < end && q < chunk_end && job.live[q]) ++q;
         if (q > from) weight_gradients(tile, from, q - from);
         while (q < end && !job.live[q]) ++q;
       }

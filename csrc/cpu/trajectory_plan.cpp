@@ -220,6 +220,7 @@ Plan make_plan(const Solve& solve, const Kept& kept, const Gradients* gradients)
   job.leading = solve.leading.data();
   job.tables = solve.tables.data();
   job.conds = solve.conds.data();
+  job.chunk = std::max<int64_t>(kept.slots, 1);
   job.again = again;
   job.window = window;
   return plan;

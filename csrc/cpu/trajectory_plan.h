@@ -50,13 +50,16 @@ template <class Run>
 void each_tile(const Solve& solve, const Plan& plan, const Kept& kept, Run run) {
   const int64_t rows = kept.tile_rows, tiles = (solve.batch + rows - 1) / rows;
   const int64_t size = number_size(solve.type);
+  std::vector<void*> chunks;
+  for (const Memory& chunk : kept.chunks) chunks.push_back(chunk.data());
   in_threads(kept.parts, [&](int part) {
     TileMemory memory;
     memory.scratch = scratch_memory(plan.scratch.size() * size);
     for (int64_t tile = tiles * part / kept.parts; tile < tiles * (part + 1) / kept.parts; ++tile) {
       memory.first = tile * rows;
       memory.rows = std::min(rows, solve.batch - memory.first);
-      memory.kept = static_cast<char*>(kept.memory.data()) + tile * plan.kept.size() * size;
+      memory.kept = chunks.data();
+      memory.kept_offset = tile * plan.kept.size();
       run(memory, tile, part);
     }
   });
