@@ -99,8 +99,9 @@ inline cuda::Solve solve_call(const std::vector<Addresses>& at, const std::vecto
 inline void bind_trajectory(pybind11::module_& module) {
   namespace py = pybind11;
   using namespace cuda;
-  py::class_<Field>(module, "Field").def(py::init(&planned_field));
-  py::class_<Solve>(module, "Solve").def(py::init(&solve_call));
+  // Local, so that the kernels built for the host in tests can be loaded beside those of the GPU.
+  py::class_<Field>(module, "Field", py::module_local()).def(py::init(&planned_field));
+  py::class_<Solve>(module, "Solve", py::module_local()).def(py::init(&solve_call));
   module.def("trajectory_shared_memory", &trajectory_shared_memory);
   module.def("multiprocessors", &multiprocessors);
   module.def("trajectory_capacity", &trajectory_capacity);

@@ -5,6 +5,8 @@
 
 namespace fmft::cuda {
 
+static_assert(sizeof(Field) + sizeof(Solve) <= 4096, "CUDA before 12.1 passes 4096 bytes to a kernel");
+
 using TrajectoryKernel = void (*)(Field, Solve);
 
 template <int T>

@@ -88,7 +88,9 @@ FIELDS = {
     "state 7, tables, cond": lambda: make(
         *chain(7, (20, 40, 33), "gelu", time="tables", cond=True), "midpoint", 33, outputs=(0, 1, 2)
     ),
-    "more rows than blocks hold": lambda: make(*chain(2, (16,)), batch=75, steps=1),
+    "more rows than blocks hold": lambda: make(
+        *chain(2, (16,), "silu", time="tables", cond=True), batch=75, steps=3, outputs=(0, 2)
+    ),
     "no time, two tiles of rows": lambda: make(*chain(5, (16, 18), time=None), "heun2", 63),
     "skips": lambda: make(*chain(16, (16, 16, 16), "tanh", skips=True), batch=33),
     "linear": lambda: make(*chain(2, ()), batch=3),
@@ -144,7 +146,7 @@ def test_columns_that_no_layer_reads_and_gradients_that_nobody_wants(kernels) ->
 
 
 def test_runs_are_equal_to_the_bit_in_any_order_of_the_threads(kernels, monkeypatch) -> None:
-    for name in ("state 7, tables, cond", "skips", "viscosity on an MLP"):
+    for name in ("more rows than blocks hold", "skips", "viscosity on an MLP"):
         program, inputs = FIELDS[name]()
         inputs = cast(inputs, torch.float32)
         forwards = solve(kernels, program, inputs)
@@ -238,7 +240,7 @@ def test_without_a_gpu_the_failure_is_clear() -> None:
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc of the CUDA toolkit")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_do_not_spill(capability, tmp_path: Path) -> None:
-    """At 168 registers a block of 256 threads leaves room for a second one of half its size."""
+    """At 144 registers three blocks of 128 threads, or one of 256, share a multiprocessor."""
 
     def report(terms: int) -> str:
         file = ROOT / f"csrc/cuda/trajectory_terms{terms}.cu"
@@ -252,4 +254,4 @@ def test_kernels_do_not_spill(capability, tmp_path: Path) -> None:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
     assert len(frames) == len(registers) == 12, text[-2000:]
     assert set(frames) == {("0", "0", "0")}
-    assert max(registers) <= 168
+    assert max(registers) <= 144
