@@ -111,11 +111,11 @@ inline cpu::Solve make_solve(const cpu::Field& field, const cpu::Method& method,
 inline py::tuple solve_adaptively(const cpu::Solve& solve, const Numbers& c, const Numbers& b_err,
                                   const Numbers& dense, int order, const Numbers& control,
                                   int64_t max_num_steps, const Numbers& t, int keep, Address out) {
-  if (control.size() != 8)
-    throw std::invalid_argument("expected 8 numbers of step control, got " +
+  if (control.size() != 9)
+    throw std::invalid_argument("expected 9 numbers of step control, got " +
                                 std::to_string(control.size()));
   const cpu::Control numbers{control[0], control[1],    control[2], control[3], control[4],
-                             control[5], control[6], max_num_steps, control[7]};
+                             control[5], control[6], max_num_steps, control[7], control[8] != 0};
   cpu::Steps steps;
   {
     py::gil_scoped_release release;

@@ -57,7 +57,8 @@ class Adaptive {
     steps_.weights.assign(stages_, 0);
     if (!start()) return finish(Outcome::not_finite);
     for (size_t j = 1; j < t.size(); ++j) {
-      for (int64_t attempts = 0; direction_ * t[j] > s_; ++attempts) {
+      target_ = direction_ * t[j];
+      for (int64_t attempts = 0; target_ > s_; ++attempts) {
         if (attempts >= control_.max_num_steps) return finish(Outcome::too_many_steps);
         const Outcome outcome = attempt();
         if (outcome != Outcome::done) return finish(outcome);
@@ -144,8 +145,12 @@ class Adaptive {
   }
 
   Outcome attempt() {
-    const double h = clamp(h_), s1 = s_ + h;
+    double h = clamp(h_), s1 = s_ + h;
     if (!(s1 > s_)) return Outcome::underflow;
+    if (control_.meet && target_ < s1) {
+      s1 = target_;
+      h = s1 - s_;
+    }
     const int64_t n = static_cast<int64_t>(steps_.h.size());
     attempt_.step = steps_.kept.keep == Keep::nothing ? 0 : n;
     make_room((attempt_.step + 1) * (stages_ - 1));
@@ -205,6 +210,7 @@ class Adaptive {
     for (int i = 0; i < stages_; ++i) {
       double weight = 0;
       for (size_t j = degree; j-- > 0;) weight = (weight + dense_[i * degree + j]) * theta;
+      if (theta == 1) weight = solve_.method->b[i];
       steps_.weights.push_back(weight);
     }
     steps_.outputs.push_back(static_cast<int64_t>(steps_.h.size()) - 1);
@@ -225,7 +231,7 @@ class Adaptive {
   std::vector<double> sums_, times_;
   Attempt attempt_, accepted_;
   int direction_ = 1;
-  double s_ = 0, s0_ = 0, h_ = 0;
+  double s_ = 0, s0_ = 0, h_ = 0, target_ = 0;
   Steps steps_;
 };
 

@@ -193,6 +193,7 @@ struct Control {
   double rtol, atol, safety, ifactor, dfactor, min_step, max_step;
   int64_t max_num_steps;
   double first_step;  // NaN: chosen here
+  bool meet;          // whether a step ends at every wanted time
 };
 
 enum class Outcome : int { done, too_many_steps, underflow, not_finite };

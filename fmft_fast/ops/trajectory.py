@@ -50,7 +50,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Control:
-    """Step control of an adaptive solve; the meaning and defaults are those of `odeint`."""
+    """Step control of an adaptive solve; the meaning and defaults are those of `odeint`.
+
+    With `meet` a step ends at every time of the output; without it the output is interpolated.
+    """
 
     rtol: float
     atol: float
@@ -61,6 +64,7 @@ class Control:
     max_step: float = float("inf")
     max_num_steps: int = 2**31 - 1
     first_step: float | None = None
+    meet: bool = False
 
 
 class TrajectoryKernels(Protocol):

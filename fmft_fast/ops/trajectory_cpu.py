@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmft_fast import _cpu
 from fmft_fast.ops.network import ACTIVATIONS, Inputs, Network
-from fmft_fast.ops.trajectory import Control, Keep, Program, Row
+from fmft_fast.ops.trajectory import AdaptiveSolve, Control, Keep, Program, Row
 
 KEEP_CODES = {"nothing": 0, "inputs": 1, "activations": 2}
 TYPE_CODES = {torch.float32: 0, torch.float64: 1}
@@ -33,41 +33,6 @@ class Kept(NamedTuple):
     solve: _cpu.Solve
     tensors: tuple[Any, ...]
     memory: _cpu.Kept
-
-
-class AdaptiveTableau(Protocol):
-    """What `adaptive` reads of a tableau (see `fmft_fast.solvers.tableau.Tableau`)."""
-
-    order: int
-    c: Row
-    a: tuple[Row, ...]
-    b: Row
-    b_err: Any
-
-    @property
-    def dense(self) -> tuple[Row, ...]:
-        """[s, 4] coefficients of the dense output."""
-        ...
-
-
-class AdaptiveSolve(NamedTuple):
-    """An adaptive solve.
-
-    Attributes:
-        outcome: "done", or why it ended early: "too many steps", "underflow", "not finite".
-        out: [T, batch, state].
-        program: the accepted steps, with the weights of the dense output at every time.
-        kept: what `backward` wants; None if nothing is kept or the solve ended early.
-        rejected: number of rejected steps.
-        evaluations: number of evaluations of the field.
-    """
-
-    outcome: str
-    out: Tensor
-    program: Program
-    kept: Kept | None
-    rejected: int
-    evaluations: int
 
 
 class CpuTrajectoryKernels:
@@ -98,7 +63,7 @@ class CpuTrajectoryKernels:
     def adaptive(
         self,
         network: Network,
-        tableau: AdaptiveTableau,
+        tableau: Any,
         control: Control,
         inputs: Inputs,
         t: list[float],
@@ -137,6 +102,7 @@ class CpuTrajectoryKernels:
                     control.min_step,
                     control.max_step,
                     math.nan if control.first_step is None else control.first_step,
+                    control.meet,
                 ],
                 control.max_num_steps,
                 t,

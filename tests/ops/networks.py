@@ -44,7 +44,8 @@ def viscosity(state, hidden, branches=2, base=False):
         parameters += [(hidden, state), (hidden,), (state, hidden)]
         layers.append(Layer(hidden, (Term(0, p),), p + 1, activation="tanh"))
         terms.append(Term(len(layers), p + 2))
-    layers.append(Layer(state, tuple(terms)))
+    layers.append(Layer(state, tuple(terms), bias=len(parameters)))
+    parameters.append((state,))
     return Network(state, tuple(layers)), parameters
 
 
