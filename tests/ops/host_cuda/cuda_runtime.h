@@ -1,10 +1,11 @@
-// The words of CUDA that csrc/cuda uses, on the host. Every CUDA thread of a block is a fiber: it runs
-// until it waits for its block or warp, and then the next one runs, so that a result that needs a barrier
-// which is not there comes out wrong. The blocks run one after the other. This shows the arithmetic, the
-// indexing, the tails and missing barriers, not speed.
+// The words of CUDA that csrc/cuda uses, on the host. Every CUDA thread of a block is a fiber. A warp runs
+// until all of it waits for the block, then the next one, so that a result which needs a barrier that is
+// not there comes out wrong. The blocks run one after the other. This shows the arithmetic, the indexing,
+// the tails and missing barriers, not speed.
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -91,7 +92,7 @@ inline void run_fiber() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-// FMFT_HOST_ORDER=reverse lets the last thread run ahead instead of the first.
+// FMFT_HOST_ORDER=reverse lets the last warp run ahead instead of the first.
 inline void run_block(unsigned threads) {
   const char* order = std::getenv("FMFT_HOST_ORDER");
   const bool reverse = order && !std::strcmp(order, "reverse");
@@ -104,22 +105,30 @@ inline void run_block(unsigned threads) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
   }
-  for (unsigned left = threads; left > 0;) {
-    const unsigned before = left;
-    bool ran = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned t = reverse ? threads - 1 - i : i;
-      Fiber& fiber = fibers[t];
-      if (fiber.done || (fiber.meeting && fiber.meeting->round == fiber.round)) continue;
-      fiber.meeting = nullptr;
-      current = t;
-      threadIdx = dim3(t);
-      swapcontext(&scheduler, &fiber.context);
-      left -= fiber.done;
-      ran = true;
+  // Runs the threads first ... first + 31 until each waits for others; returns whether one ran.
+  auto run_warp = [&](unsigned first) {
+    bool any = false;
+    for (bool ran = true; ran;) {
+      ran = false;
+      for (unsigned t = first; t < std::min(first + 32, threads); ++t) {
+        Fiber& fiber = fibers[t];
+        if (fiber.done || (fiber.meeting && fiber.meeting->round == fiber.round)) continue;
+        fiber.meeting = nullptr;
+        current = t;
+        threadIdx = dim3(t);
+        swapcontext(&scheduler, &fiber.context);
+        any = ran = true;
+      }
     }
-    if (!ran && left == before) std::abort();  // threads wait for others that have left
+    return any;
+  };
+  const unsigned count = (threads + 31) / 32;
+  for (bool any = true; any;) {
+    any = false;
+    for (unsigned i = 0; i < count; ++i) any |= run_warp(32 * (reverse ? count - 1 - i : i));
   }
+  for (const Fiber& fiber : fibers)
+    if (!fiber.done) std::abort();  // it waits for threads that have left
 }
 
 inline float from_bits(uint32_t bits) {
