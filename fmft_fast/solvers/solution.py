@@ -22,12 +22,19 @@ from .discrete_adjoint import DiscretePlan, DiscreteSolve, StageField
 from .drop_in import odeint
 from .fixed import stage_times, step_sizes
 from .graphs import find_graphs
-from .inputs import direction_of, normalise, real_dtype
+from .inputs import Problem, direction_of, normalise, real_dtype
 from .methods import find_method
 from .replay import KnownTensors
 from .stats import SolveStats, record_stats, report
 from .tableau import Tableau
-from .whole_solve import find_route, is_finite, make_program, route_or_none
+from .whole_solve import (
+    find_route,
+    is_finite,
+    make_program,
+    obstacle,
+    route_or_none,
+    stats_of,
+)
 
 Gradient = Literal["discrete", "continuous", "backprop", "none"]
 GRADIENTS = ("discrete", "continuous", "backprop", "none")
@@ -227,21 +234,13 @@ class SolveRequest:
             x = x.clone()  # an inference tensor cannot be kept for the backward pass
         kernels = choose_kernels(x, self.backend)
         tableau, grid = self.tableau.advancing, make_grid(self.t0, self.t1, self.steps)
+        problem = self._problem(grid, x) if self.adaptive else None
         if not compiling:
-            fused = self._in_one_call(tableau, x, grid)
+            fused = self._in_one_call(grid, problem)
             if fused is not None:
                 return fused
         known, control = None, None
-        if self.adaptive:
-            problem = normalise(
-                self.call,
-                self.x0,
-                grid.detach().to(x.device),
-                rtol=self.tolerances["rtol"],
-                atol=self.tolerances["atol"],
-                method=self.method,
-                options=self.options,
-            )
+        if problem is not None:
             keep_inputs = self.keeps_graph and not self.checkpoint_every
             grid, known, control = find_accepted_steps(problem, grid, kernels, keep_inputs)
         plan = DiscretePlan(
@@ -280,43 +279,70 @@ class SolveRequest:
             return Solution(y.to(dtype), t, self._report(plan, control, grid))
         return Solution(y.to(dtype), t, SolveStats(self.method, 0, len(plan.h)))
 
-    def obstacle(self, grid: Tensor) -> str | None:
+    def _problem(self, grid: Tensor, x: Tensor) -> Problem:
+        """What the step control is given."""
+        return normalise(
+            self.call,
+            self.x0,
+            grid.detach().to(x.device),
+            rtol=self.tolerances["rtol"],
+            atol=self.tolerances["atol"],
+            method=self.method,
+            options=self.options,
+        )
+
+    def _obstacle(self, grid: Tensor, problem: Problem | None) -> str | None:
         """What of the call, apart from the field, stands in the way of one kernel call."""
-        if self.adaptive:
-            return "the steps are adaptive"
         if self.table is not None:
             return "a time table is given"
         if self.checkpoint_every:
             return "checkpoint_every is given"
         if torch.is_grad_enabled() and grid.requires_grad:
             return "the times require grad"
-        return None
+        if problem is not None and self.save == "all" and not isinstance(self.steps, Tensor):
+            return "all states of adaptive steps are wanted"
+        return None if problem is None else obstacle(problem)
 
-    def _in_one_call(self, tableau: Tableau, x: Tensor, grid: Tensor) -> Solution | None:
-        """The solution by whole-trajectory kernels; None if they do not take it."""
-        reason = self.obstacle(grid)
+    def _in_one_call(self, grid: Tensor, problem: Problem | None) -> Solution | None:
+        """The solution by whole-trajectory kernels; None if they do not take it.
+
+        Also None if it is not finite or the step control gives up: the single steps find out where.
+        """
+        assert self.tableau is not None
+        adaptive = problem is not None
+        tableau = self.tableau if adaptive else self.tableau.advancing
+        reason = self._obstacle(grid, problem)
         found = (
-            find_route(self.field, self.x0, tableau.stages, self.backend, self.cond)
+            find_route(self.field, self.x0, tableau.stages, self.backend, self.cond, adaptive)
             if reason is None
             else NotFusable(reason)
         )
         route = route_or_none(found)
         if route is None:
             return None
-        steps = len(grid) - 1
-        wanted = tuple(range(steps + 1)) if self.save == "all" else (steps,)
-        program = make_program(
-            route.plan.network, tableau, grid.tolist(), grid.dtype, x.dtype, wanted
-        )
+        low_memory, t = self.gradient == "discrete", grid
         with torch.set_grad_enabled(self.keeps_graph):
-            y = route.solve(program, x, low_memory=self.gradient == "discrete")
-        y = y if self.save == "all" else y[0]
+            if problem is not None:
+                solved = route.solve_adaptively(problem, low_memory, meet=True)
+                if solved is None:
+                    return None
+                y, stats = solved[0], stats_of(self.method, solved[1])
+                if self.save == "final":
+                    y, t = y[-1], torch.cat((solved[1].program.times[:, 0], grid[-1:].cpu()))
+            else:
+                steps = len(grid) - 1
+                wanted = tuple(range(steps + 1)) if self.save == "all" else (steps,)
+                program = make_program(
+                    route.plan.network, tableau, grid.tolist(), grid.dtype, self.x0.dtype, wanted
+                )
+                y = route.solve(program, self.x0, low_memory)
+                y = y if self.save == "all" else y[0]
+                last = abs(float(program.h[-1]))
+                stats = SolveStats(self.method, steps * program.stages, steps, 0, last)
         if y.device.type == "cpu" and not is_finite(y):
-            return None  # the single steps find out where
-        last = abs(float(program.h[-1]))
-        stats = SolveStats(self.method, steps * program.stages, steps, 0, last)
+            return None
         report(stats)
-        return Solution(y, grid, stats)
+        return Solution(y, t, stats)
 
     def _time_rows(self, tableau: Tableau, grid: Tensor) -> Tensor:
         """[N, s, ...]: what the field gets as t."""

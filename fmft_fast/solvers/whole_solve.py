@@ -113,15 +113,22 @@ class Route:
         return self.plan.restore(out, y0.shape[:-1])
 
     def solve_adaptively(
-        self, tableau: Tableau, control: Control, y0: Tensor, times: Sequence[float]
+        self, problem: Problem, low_memory: bool, meet: bool
     ) -> tuple[Tensor, AdaptiveSolve] | None:
-        """The states at `times`, [T, *state], with step control; None if it ended early."""
+        """The states at problem.t, [T, *state], with step control; None if it ended early.
+
+        Args:
+            problem: what to solve.
+            low_memory: keep stage inputs only.
+            meet: end a step at every time; otherwise the states are interpolated.
+        """
+        y0, tableau, control = problem.y0, problem.spec.tableau, _control(problem, meet)
         inputs = self._bind(y0, None)
         wants_grad = _wants_grad(inputs)
-        keep = "activations" if wants_grad else "nothing"
+        keep = ("inputs" if low_memory else "activations") if wants_grad else "nothing"
         with torch.no_grad():
             found = cast(AdaptiveKernels, self.kernels).adaptive(
-                self.plan.network, tableau, control, inputs, list(times), keep
+                self.plan.network, tableau, control, inputs, problem.t.tolist(), keep
             )
         if found.outcome != "done":
             return None
@@ -346,24 +353,33 @@ def integrate_fused(problem: Problem) -> Tensor | None:
 
 
 def _integrate_adaptive(problem: Problem, route: Route, tableau: Tableau) -> Tensor | None:
+    found = route.solve_adaptively(problem, low_memory=False, meet=False)
+    if found is None:
+        return None
+    out, solve = found
+    report(stats_of(problem.method, solve))
+    return out
+
+
+def _control(problem: Problem, meet: bool) -> Control:
     options = problem.options
     assert isinstance(problem.rtol, float) and isinstance(problem.atol, float)
     sizes = (options.safety, options.ifactor, options.dfactor, options.min_step, options.max_step)
-    control = Control(
+    return Control(
         problem.rtol,
         problem.atol,
         *(float(x) for x in sizes),
         max_num_steps=int(options.max_num_steps),
         first_step=None if options.first_step is None else abs(float(options.first_step)),
+        meet=meet,
     )
-    found = route.solve_adaptively(tableau, control, problem.y0, problem.t.tolist())
-    if found is None:
-        return None
-    out, solve = found
+
+
+def stats_of(method: str, solve: AdaptiveSolve) -> SolveStats:
+    """The statistics of an adaptive solve."""
     steps = solve.program.steps
     last = abs(float(solve.program.h[-1])) if steps else None
-    report(SolveStats(problem.method, solve.evaluations, steps, solve.rejected, last))
-    return out
+    return SolveStats(method, solve.evaluations, steps, solve.rejected, last)
 
 
 def _integrate_fixed(problem: Problem, route: Route, tableau: Tableau) -> Tensor | None:

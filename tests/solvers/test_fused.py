@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fmft_fast import explain, fused, odeint, record_stats, solve
-from fmft_fast.errors import InputError, NonFiniteError
+from fmft_fast.errors import InputError, MaxStepsError, NonFiniteError
 from fmft_fast.fields import MLP
 
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
@@ -214,3 +214,55 @@ def test_explain_shows_the_plan_or_the_line():
     found = explain(Normed(), x0)
     assert not found.fused
     assert "self.norm(x)" in str(found) and "test_fused.py" in str(found)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
+@pytest.mark.parametrize("t", [(0.0, 1.0), (1.0, 0.7, -0.5)])
+def test_adaptive_steps_are_those_of_the_single_steps(method, t):
+    field, x0 = field_and_state()
+    x0.requires_grad_()
+    times = torch.tensor(t, dtype=torch.float64)
+
+    def by_odeint():
+        y = odeint(field, x0, times, method=method, rtol=1e-6, atol=1e-7)
+        return y, *gradients(y, [x0, *field.parameters()])
+
+    def by_solve():
+        save = "all" if len(t) > 2 else "final"
+        y = solve(field, x0, steps=times, method=method, rtol=1e-6, save=save)
+        return y.y, y.t, *gradients(y.y, [x0, *field.parameters()])
+
+    for compute in (by_odeint, by_solve):
+        logs = []
+
+        def counted(compute=compute, logs=logs):
+            with record_stats() as log:
+                found = compute()
+            logs.append((log[0].accepted, log[0].rejected))
+            return found
+
+        assert_same(*both(counted), tol=1e-10)
+        assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    ("why", "options"),
+    [("step_t", {"step_t": [0.5]}), ("norm", {"norm": torch.norm}), ("dtype", {"dtype": "f32"})],
+)
+def test_options_of_step_control_that_kernels_do_not_have_take_single_steps(why, options):
+    field, x0 = field_and_state()
+    options = {key: torch.float32 if value == "f32" else value for key, value in options.items()}
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    odeint(field, x0, t, options=options)
+    with fused("require"), pytest.raises(InputError, match=why):
+        odeint(field, x0, t, options=options)
+
+
+def test_an_adaptive_solve_that_gives_up_says_why():
+    field, x0 = field_and_state()
+    with pytest.raises(MaxStepsError, match="max_num_steps"):
+        solve(field, x0, rtol=1e-9, atol=1e-9, method="dopri5", options={"max_num_steps": 2})
+    with torch.no_grad():
+        field.linears[0].bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        odeint(field, x0, torch.tensor([0.0, 1.0], dtype=torch.float64))
