@@ -177,11 +177,15 @@ class Watch:
         """See the calls of this block; it must not be left by a swallowed refusal."""
         if sys.getprofile() is not None:
             raise Refusal("a profiler is at work, so that calls cannot be watched")
+        collects = gc.isenabled()
+        gc.disable()  # a callback of the collector or a finalizer is no call of the field's
         sys.setprofile(self._see)
         try:
             yield
         finally:
             sys.setprofile(None)
+            if collects:
+                gc.enable()
         if self.refusal is not None:
             raise self.refusal
 

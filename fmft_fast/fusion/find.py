@@ -16,12 +16,12 @@ from torch.nn.modules import module as torch_module
 
 from ..ops.contract import is_traced
 from .effects import Watch, check_module
-from .guards import CONTAINERS, Guards, snapshot
+from .guards import CONTAINERS, UNREAD, Guards, snapshot
 from .plan import BATCH_MATTERS, Plan, confirm, make_plan
 from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
 
 _LIMIT = 8  # results kept per field or code
-_SEEN = 8  # batch sizes of a field that are looked at
+_SEEN = 1024  # batch sizes remembered per result
 _PATIENCE = 32  # traces of a field without any use of one
 _cache: dict[Any, list[_Entry]] = {}
 _traces: dict[Any, int] = {}
@@ -68,11 +68,9 @@ def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan |
     for entry in entries:
         if entry.matches(parts, about, rest):
             result, entry.used = entry.result, True
-            if isinstance(result, Plan):
-                lead = y0.shape[:-1]
-                if lead not in entry.seen and not _admit(entry, field, y0, cond):
-                    return NotFusable(*BATCH_MATTERS)
-            return result
+            if y0.shape[:-1] in entry.seen or _admit(entry, field, y0, cond):
+                return result
+            return NotFusable(*BATCH_MATTERS)
     return _find(field, y0, cond, key, parts, rest, about)
 
 
@@ -115,7 +113,8 @@ def _harmless_modes() -> bool:
 
 
 def _about(y0: Tensor, cond: Tensor | None) -> tuple:
-    about = (y0.ndim, y0.shape[-1], y0.dtype, y0.device)
+    device = torch.get_default_device() if torch._C._len_torch_function_stack() else None
+    about = (y0.ndim, y0.shape[-1], y0.dtype, y0.device, torch.get_default_dtype(), device)
     if cond is None:
         return about
     lead = tuple(
@@ -125,38 +124,64 @@ def _about(y0: Tensor, cond: Tensor | None) -> tuple:
 
 
 def _identity(field: Any) -> tuple[Any, tuple, Any]:
-    """The key of a field, the objects that it must be made of, and plain values.
+    """The key of a field, the objects that it must be made of, and what else must be equal.
 
     A function is known by its code and what it closes over, so that a lambda which is written
     anew for every solve is found again.
     """
+    if type(field) is functools.partial:
+        key, parts, rest = _identity(field.func)
+        more: list[Any] = []
+        rest = ["partial", rest, _note((*field.args, field.keywords), more)]
+        return key, (*parts, *more), rest
     if type(field) is FunctionType:
         return _of_function(field)
     if type(field) is MethodType and type(field.__func__) is FunctionType:
         key, parts, rest = _of_function(field.__func__)
-        return key, (field.__self__, *parts), rest
-    return id(field), (field,), None
+        return key, (field.__self__, *parts), [type(field.__self__), rest]
+    return id(field), (field,), type(field)
 
 
 def _of_function(f: FunctionType) -> tuple[Any, tuple, Any]:
     cells = f.__closure__
     if cells is None and f.__defaults__ is None and f.__kwdefaults__ is None:
         return f.__code__, (), id(f.__globals__)
-    parts: list[Any] = []
-    rest: list[Any] = [id(f.__globals__)]
     try:
         values = [cell.cell_contents for cell in cells or ()]
     except ValueError:  # a variable without a value: the trace will say so
         return id(f), (f,), None
-    for value in (*values, f.__defaults__, f.__kwdefaults__):
-        if type(value) in _WHOLE:
+    parts: list[Any] = []
+    rest = _note((*values, f.__defaults__, f.__kwdefaults__), parts)
+    return f.__code__, tuple(parts), [id(f.__globals__), rest]
+
+
+def _of_object(field: Any) -> tuple[Any, tuple, Any] | None:
+    """As `_identity`, of an object that may be made anew for every solve around what stays."""
+    scope = getattr(field, "__dict__", None)
+    if type(scope) is not dict or type(field) in (FunctionType, MethodType, functools.partial):
+        return None
+    if scope.get("_parameters") or scope.get("_buffers"):
+        return None
+    parts: list[Any] = list(scope.get("_modules", {}).values())
+    names = [name for name in scope if name not in UNREAD and name != "_modules"]
+    rest = [names, *scope.get("_modules", {}), _note([scope[name] for name in names], parts)]
+    return type(field), tuple(parts), rest
+
+
+def _note(values: Sequence[Any], parts: list[Any]) -> list[Any]:
+    """What values must be equal to; objects are added to the parts, which must be the same."""
+    rest: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind in _WHOLE:
             rest.append(value)
-        elif type(value) in CONTAINERS:
+        elif kind in CONTAINERS:
             rest.append(snapshot(value))
         else:
             parts.append(value)
-            rest.append(None)
-    return f.__code__, tuple(parts), rest
+            tensor = isinstance(value, Tensor)
+            rest.append((value.dtype, value.shape, value.device) if tensor else kind)
+    return rest
 
 
 _WHOLE = {int, float, str, bool, type(None)}
@@ -169,6 +194,11 @@ def _find(
         return NotFusable("a profiler is at work, so that calls cannot be watched")
     if y0.is_cuda and torch.cuda.is_current_stream_capturing():
         return NotFusable("a CUDA graph is being captured", remedy="solve once before the capture")
+    other = _of_object(field)
+    if other is not None:
+        for entry in _cache.get(other[0], ()):
+            if entry.matches(other[1], about, other[2]) and _admit(entry, field, y0, cond):
+                return entry.result
     _traces[key] = _traces.get(key, 0) + 1
     if _traces[key] > _PATIENCE and not any(entry.used for entry in _cache.get(key, ())):
         return NotFusable(
@@ -184,14 +214,20 @@ def _find(
         result = _refusal(error)
     guards = Guards(watch.codes)
     try:
-        _walk(guards, field)
+        guards.root(field, parts)
+        guards.finish()
         if isinstance(result, Plan):
             _check_reached(guards, watch, result.trace.outside)
     except (Refusal, Exception) as error:
         result = _refusal(error) if isinstance(result, Plan) else result
-    entry = _Entry(_weak(parts, key), about, rest, guards.release(), result)
-    entry.seen.add(y0.shape[:-1])
-    _keep(key, entry)
+    guards.release()
+    found = [(key, parts, rest, guards)]
+    if other is not None:
+        found.append((*other, guards.apart_from(field.__dict__)))
+    for key, parts, rest, guards in found:
+        entry = _Entry(_weak(parts, key), about, rest, guards, result)
+        entry.seen.add(y0.shape[:-1])
+        _keep(key, entry)
     return result
 
 
@@ -211,18 +247,6 @@ def _check_root(field: Any) -> None:
         raise Refusal(
             f"{field.__qualname__} is made by torch", None, "pass the function or module inside"
         )
-
-
-def _walk(guards: Guards, field: Any) -> None:
-    """Walk a field, without holding on to itself."""
-    if isinstance(field, MethodType):
-        guards.walk(field.__self__, "self")
-        field = field.__func__
-    if isinstance(field, FunctionType):
-        guards.root(field)
-    else:
-        guards.walk(field, type(field).__name__)
-    guards.finish()
 
 
 def _check_reached(guards: Guards, watch: Watch, outside: Sequence[Tensor]) -> None:
@@ -279,16 +303,17 @@ def _keep(key: Any, entry: _Entry) -> None:
 
 
 def _admit(entry: _Entry, field: Any, y0: Tensor, cond: Tensor | None) -> bool:
-    """Whether a plan holds for leading sizes that it has not met; after some, it is believed."""
+    """Whether a result holds for leading sizes that it may not have met."""
     lead = y0.shape[:-1]
-    if lead in entry.refused:
-        return False
-    if len(entry.seen) >= _SEEN and 1 not in lead:
+    if lead in entry.seen or isinstance(entry.result, NotFusable):
         return True
-    if sys.getprofile() is not None:
+    if not entry.result.trace.asked and 1 not in lead:
+        return True
+    if lead in entry.refused or sys.getprofile() is not None:
         return False
     known = entry.seen if confirm(entry.result, field, y0, cond) else entry.refused
-    known.add(lead)
+    if len(known) < _SEEN:
+        known.add(lead)
     return known is entry.seen
 
 

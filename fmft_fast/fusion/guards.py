@@ -8,6 +8,7 @@ cannot be compared later is refused.
 from __future__ import annotations
 
 import collections
+import copy
 import dis
 import enum
 import functools
@@ -32,7 +33,7 @@ from .effects import HOOKS
 from .refusal import TORCH, Refusal
 
 # Of a module's dictionary, what no evaluation reads.
-_UNREAD = {
+UNREAD = {
     "_parameters",
     "_buffers",
     "_non_persistent_buffers_set",
@@ -64,6 +65,12 @@ _TRUSTED = (
 )
 
 
+# Of a class, what decides what a call of its instances does.
+_CALLS = set(
+    "forward __call__ __getattr__ __getattribute__ _call_impl _wrapped_call_impl".split()
+)
+
+
 class _Same:
     """Equal to one object only: for what compares by value."""
 
@@ -73,9 +80,29 @@ class _Same:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return other is self.value
+        return other is self.value or (type(other) is _Same and other.value is self.value)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class _Ordered:
+    """Equal to a dictionary or set of one type with the same in the same order."""
+
+    __slots__ = ("kind", "items")
+
+    def __init__(self, kind: type, items: list[Any]):
+        self.kind, self.items = kind, items
+
+    def __eq__(self, other: Any) -> bool:
+        if type(other) is _Ordered:
+            return other.kind is self.kind and other.items == self.items
+        return type(other) is self.kind and self.items == _items(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.items() if isinstance(value, dict) else value)
 
 
 def _is_numpy_function(value: Any) -> bool:
@@ -84,12 +111,12 @@ def _is_numpy_function(value: Any) -> bool:
 
 def snapshot(value: Any) -> Any:
     """What a value is compared with later: copies of containers, the objects in them themselves."""
-    if isinstance(value, dict):
-        return {k: snapshot(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return type(value)(map(snapshot, value))
-    if isinstance(value, (set, frozenset)):
-        return set(value)
+    if type(value) in CONTAINERS:
+        if isinstance(value, dict) and len(value) < 2:
+            return {k: snapshot(v) for k, v in value.items()}
+        return _Ordered(type(value), snapshot(_items(value)))
     if isinstance(value, _PLAIN) or type(value).__eq__ is object.__eq__:
         return value
     return _Same(value)
@@ -110,23 +137,29 @@ class Guards:
         self._names |= {c for code in codes for c in code.co_consts if isinstance(c, str)}
         self._all = bool(self._names & {"getattr", "vars", "__dict__"})
         self._seen: dict[int, Any] = {}
+        self._roots: set[int] = set()
         self._classes: dict[type, None] = {}
+        self._kinds: list[tuple[Any, type]] = []
         self._functions: dict[int, tuple[FunctionType, CodeType]] = {}
         self._checks: list[tuple[dict[str, Any], int, Callable, Any]] = []
         self._tensor_checks: list[tuple[dict, tuple]] = []
         self._looks: list[tuple[Callable[[], Any], Any]] = []
         self._entries: list[tuple[Any, str, Any]] = []
+        self._absent: list[tuple[dict[str, Any], str]] = []
 
     def walk(self, value: Any, name: str) -> None:
         """Note a value and what it leads to."""
         if isinstance(value, type):
             self._classes[value] = None
-        if isinstance(value, (*_PLAIN, type, ModuleType)) or id(value) in self._seen:
+        if isinstance(value, (*_PLAIN, type)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self.tensors[id(value)] = value
-            self._tensor_checks.append(({0: value}, (_tensor(0, value),)))
+            if id(value) not in self._roots:
+                self._tensor_checks.append(({0: value}, (_tensor(0, value),)))
+        elif isinstance(value, ModuleType):
+            self._namespace(value)
         elif isinstance(value, nn.Module):
             self._module(value)
         elif isinstance(value, FunctionType):
@@ -135,8 +168,9 @@ class Guards:
             self.walk(value.__func__, name)
             self.walk(value.__self__, name)
         elif isinstance(value, functools.partial):
-            for part in (value.func, value.args, value.keywords):
-                self.walk(part, name)
+            self.walk(value.func, name)
+            for part in ("args", "keywords"):
+                self._look(functools.partial(getattr, value, part), name)
         elif isinstance(value, property):
             self.walk(value.fget, name)
         elif isinstance(value, (staticmethod, classmethod)):
@@ -152,31 +186,58 @@ class Guards:
                 remedy="keep plain numbers, tensors, modules and functions there",
             )
 
-    def root(self, f: FunctionType) -> None:
-        """Note the field itself, a function, without holding it or what it closes over.
+    def root(self, field: Any, parts: tuple) -> None:
+        """Walk the field itself, without holding it or the objects that it is made of.
 
         That these are the same is what makes a field the same one.
         """
-        self._code(f.__code__)
-        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
-            if name != "__class__":
-                self.walk(cell.cell_contents, name)
-        self.walk(f.__defaults__, "a default argument")
-        self.walk(f.__kwdefaults__, "a default argument")
+        self._roots = {id(field), *map(id, parts)}
+        if isinstance(field, functools.partial):
+            self.walk(field.args, "a partial argument")
+            self.walk(field.keywords, "a partial argument")
+            field = field.func
+        if isinstance(field, MethodType):
+            self.walk(field.__self__, "self")
+            field = field.__func__
+        if not isinstance(field, FunctionType):
+            self.walk(field, type(field).__name__)
+            return
+        self._code(field.__code__)
+        self._attributes(field)
+        for name, cell in _cells(field):
+            self.walk(cell.cell_contents, name)
+        self.walk(field.__defaults__, "a default argument")
+        self.walk(field.__kwdefaults__, "a default argument")
 
     def _function(self, f: FunctionType) -> None:
         if f.__code__.co_filename.startswith(TORCH):
             return
         self._functions[id(f)] = (f, f.__code__)
+        self._attributes(f)
         if f.__code__ not in self._ran:
             return
         self._code(f.__code__)
-        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
-            if name != "__class__":
-                self._look(functools.partial(getattr, cell, "cell_contents"), name)
+        for name, cell in _cells(f):
+            self._look(functools.partial(getattr, cell, "cell_contents"), name)
         for part in ("__defaults__", "__kwdefaults__"):
             if getattr(f, part) is not None:
                 self._look(functools.partial(getattr, f, part), "a default argument")
+
+    def _attributes(self, f: FunctionType) -> None:
+        if f.__dict__ or self._all:
+            self._scope(f.__dict__, list(f.__dict__), f.__name__)
+
+    def _namespace(self, module: ModuleType) -> None:
+        """Note what code may read of a file of the user's."""
+        if module.__name__.partition(".")[0] in (*_TRUSTED, "numpy"):
+            return
+        scope = vars(module)
+        for name in sorted(scope):
+            kept = isinstance(scope[name], (*_PLAIN, *CONTAINERS, Tensor, nn.Module))
+            if name in self._names or (self._all and kept and not name.startswith("__")):
+                self._read(scope, name, scope[name], f"{module.__name__}.{name}")
+        if self._all:
+            self._scope(scope, [], module.__name__)
 
     def _look(self, look: Callable[[], Any], name: str) -> None:
         value = look()
@@ -192,18 +253,22 @@ class Guards:
     def _object(self, value: Any, always: tuple[str, ...] = ()) -> None:
         """Note the attributes that code has read; of what derives from torch's layers, all."""
         self._classes[type(value)] = None
+        if id(value) not in self._roots:
+            self._kinds.append((value, type(value)))
         scope = value.__dict__
         bases = [base for base in type(value).__mro__ if base is not nn.Module]
         whole = self._all or any(b.__module__.startswith("torch.nn.modules") for b in bases)
         keys = [
-            k for k in scope if k in always or ((whole or k in self._names) and k not in _UNREAD)
+            k for k in scope if k in always or ((whole or k in self._names) and k not in UNREAD)
         ]
+        self._scope(scope, keys, type(value).__name__)
+
+    def _scope(self, scope: dict[str, Any], keys: list[str], shown: str) -> None:
+        """Note some values of a dictionary, and its size: names that come can hide others."""
         for key in keys:
             if key not in HOOKS:
-                self.walk(scope[key], f"{type(value).__name__}.{key}")
-        if not keys:
-            return
-        get = itemgetter(*keys)
+                self.walk(scope[key], f"{shown}.{key}")
+        get = itemgetter(*keys) if keys else len
         self._checks.append((scope, len(scope), get, snapshot(get(scope))))
 
     def _module(self, module: nn.Module) -> None:
@@ -232,7 +297,14 @@ class Guards:
         """Forget what only walking needed, so that no more is held than is tested."""
         self._ran, self._reached = {}, set()
         self._seen, self._classes, self.modules, self.tensors = {}, {}, {}, {}
+        self._absent = list({(id(s), name): (s, name) for s, name in self._absent}.values())
         return self
+
+    def apart_from(self, scope: dict[str, Any]) -> Guards:
+        """The same without what a dictionary says itself."""
+        guards = copy.copy(self)
+        guards._checks = [check for check in self._checks if check[0] is not scope]
+        return guards
 
     def _globals(self, code: CodeType, scope: dict[str, Any]) -> None:
         value: Any = None
@@ -242,6 +314,8 @@ class Guards:
                 shown, value = i.argval, scope.get(i.argval)
                 if i.argval in scope:
                     self._read(scope, i.argval, value, shown)
+                else:
+                    self._absent.append((scope, i.argval))
             elif i.opname in ("LOAD_ATTR", "LOAD_METHOD") and _has_names(value):
                 held, shown = value, f"{shown}.{i.argval}"
                 value = inspect.getattr_static(held, i.argval, None)
@@ -255,17 +329,21 @@ class Guards:
         self._entries.append((scope, name, snapshot(value)))
 
     def _class_attributes(self) -> None:
-        wanted = self._names | {"forward", "__call__", "__getattr__", "__getattribute__"}
+        wanted = self._names | _CALLS
         done: set[type] = set()
         while todo := [cls for cls in self._classes if cls not in done]:
             done.update(todo)
             for base in {base: None for cls in todo for base in cls.__mro__}:
+                scope: Any = vars(base)
                 top = base.__module__.partition(".")[0]
-                if top == "torch" and base is not nn.Module and "forward" in vars(base):
-                    self._entries.append((vars(base), "forward", vars(base)["forward"]))
-                elif top not in _TRUSTED:
-                    for name in sorted(wanted & vars(base).keys()):
-                        self._read(vars(base), name, vars(base)[name], f"{base.__name__}.{name}")
+                if top not in _TRUSTED:
+                    for name in sorted(scope):
+                        if name in wanted or (self._all and not name.startswith("_")):
+                            self._read(scope, name, scope[name], f"{base.__name__}.{name}")
+                elif top == "torch":
+                    self._entries += [(scope, n, scope[n]) for n in sorted(_CALLS & scope.keys())]
+                if top not in _TRUSTED or top == "torch":
+                    self._scope(scope, [], base.__name__)
 
     def hold(self) -> bool:
         """Whether everything is as it was."""
@@ -273,12 +351,16 @@ class Guards:
             for scope, size, get, want in self._checks:
                 if len(scope) != size or want != get(scope):
                     return False
+            for thing, kind in self._kinds:
+                if type(thing) is not kind:
+                    return False
             for found, entries in self._tensor_checks:
                 if len(found) != len(entries):
                     return False
-                for name, tensor, dtype, shape, device in entries:
-                    now = found[name]
-                    if now is not tensor:
+                for (key, now), (name, tensor, dtype, shape, device) in zip(
+                    found.items(), entries, strict=True
+                ):
+                    if now is not tensor or key != name:
                         return False
                     if tensor is not None and (
                         now.dtype is not dtype or now.shape != shape or now.device != device
@@ -286,6 +368,9 @@ class Guards:
                         return False
             for scope, name, want in self._entries:
                 if want is not (now := scope[name]) and want != now:
+                    return False
+            for scope, name in self._absent:
+                if name in scope:
                     return False
             for f, code in self._functions.values():
                 if f.__code__ is not code:
@@ -302,6 +387,12 @@ def _tensor(name: Any, tensor: Tensor | None) -> tuple:
     if tensor is None:
         return name, None, None, None, None
     return name, tensor, tensor.dtype, tensor.shape, tensor.device
+
+
+def _cells(f: FunctionType) -> list[tuple[str, Any]]:
+    """What a function closes over, by name."""
+    cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
+    return [(name, cell) for name, cell in cells if name != "__class__"]
 
 
 def _has_names(value: Any) -> bool:

@@ -93,6 +93,7 @@ _QUESTIONS = set(
     "size dim ndimension numel nelement stride element_size __len__ is_floating_point is_complex "
     "is_contiguous is_signed result_type".split()
 )
+_SIZES = set("shape size __len__ numel nelement stride nbytes".split())
 _DEVICES = {"device", "is_cuda", "is_cpu", "get_device"}
 # What a trace without values cannot answer.
 _VALUES = set(
@@ -153,6 +154,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         nodes: all nodes in the order of the calls.
         outside: the tensors that the field reads besides its arguments.
+        asked: whether the field has read the size of a tensor.
     """
 
     def __init__(self, device: torch.device, watch: Watch):
@@ -160,6 +162,7 @@ class Recorder(TorchFunctionMode):
         self.device, self.watch = device, watch
         self.nodes: list[Node] = []
         self.outside: list[Tensor] = []
+        self.asked = False
         self.made: dict[int, Tensor] = {}
         self.by_id: dict[int, tuple[Node, Tensor]] = {}
 
@@ -253,6 +256,7 @@ class Recorder(TorchFunctionMode):
         meta_args = convert(args, to_meta)
         meta_kwargs = {k: convert(v, to_meta) for k, v in kwargs.items()}
         if name in _QUESTIONS:
+            self.asked |= name in _SIZES
             return func(*meta_args, **meta_kwargs)
         if name == "tensor":
             return self._constant(func, args, kwargs)
@@ -380,6 +384,7 @@ class Trace:
     nodes: list[Node]
     result: Node
     outside: list[Tensor]
+    asked: bool
 
 
 def record(
@@ -406,4 +411,4 @@ def record(
         raise watch.refusal or Refusal("the trace was ended") from None
     if not isinstance(out, Tensor):
         raise Refusal(f"the field returns a {type(out).__name__}, not a tensor")
-    return Trace(recorder.nodes, recorder.node_of(out), recorder.outside)
+    return Trace(recorder.nodes, recorder.node_of(out), recorder.outside, recorder.asked)

@@ -148,7 +148,8 @@ class Route:
     def _attach(self, out: Tensor, program: Program, inputs: Inputs, kept: Any) -> Tensor:
         """Give the outputs their place in the graph."""
         solved = Solved(self.kernels, program, out, kept, inputs)
-        attached = SolvedInOneCall.apply(solved, *flatten(inputs))
+        tensors = (x.clone() if x.is_inference() else x for x in flatten(inputs))
+        attached = SolvedInOneCall.apply(solved, *tensors)
         assert isinstance(attached, Tensor)
         return attached
 
@@ -173,15 +174,6 @@ def find_route(
     """
     if fusion_mode() == "off":
         return NotFusable('fusion is off: fused("off") or FMFT_FUSED=0')
-    if is_traced():
-        return NotFusable("torch traces, compiles or transforms the call")
-    if type(y0) is not Tensor or y0.dtype not in (torch.float32, torch.float64):
-        return NotFusable(
-            f"the state is a {type(y0).__name__} of {y0.dtype}, not a plain float32 "
-            "or float64 tensor"
-        )
-    if y0.numel() == 0:
-        return NotFusable("the state is empty")
     plan = find_plan(field, y0, cond)
     if isinstance(plan, NotFusable):
         return plan
@@ -233,18 +225,35 @@ class SolvedInOneCall(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Run the discrete adjoint, or differentiate plain torch where that is to be repeated."""
+        """Run the discrete adjoint, or differentiate plain torch where kernels cannot follow."""
         solved, tensors, wants = ctx.solved, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            out = run(solved.program, rebuild(solved.like, list(tensors)))
-            asked = [x for x, wanted in zip(tensors, wants, strict=True) if wanted]
-            found = iter(
-                torch.autograd.grad(out, asked, grad, create_graph=True, allow_unused=True)
-            )
-            return None, *(next(found) if wanted else None for wanted in wants)
+        if torch.is_grad_enabled() or is_traced() or _is_batched(grad):
+            return None, *_differentiate(solved, tensors, wants, grad)
         inputs, wanted = (rebuild(solved.like, list(x)) for x in (tensors, wants))
         grads = solved.kernels.backward(solved.program, inputs, solved.kept, grad, wanted)
         return None, *flatten(grads)
+
+
+def _differentiate(
+    solved: Solved, tensors: Sequence[Tensor], wants: Sequence[bool], grad: Tensor
+) -> Iterator[Tensor | None]:
+    """The gradients by torch: for create_graph=True, and for many gradients at once (vmap)."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, since one tensor may have been computed from another one.
+        views = [x.view_as(x) if again else x.detach() for x in tensors]
+        asked = [x for x, wanted in zip(views, wants, strict=True) if wanted]
+        if not again:
+            for x in asked:
+                x.requires_grad_()
+        out = run(solved.program, rebuild(solved.like, views))
+    found = iter(torch.autograd.grad(out, asked, grad, create_graph=again, allow_unused=True))
+    return (next(found) if wanted else None for wanted in wants)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether autograd was called with is_grads_batched=True."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _wants_grad(inputs: Inputs) -> bool:
