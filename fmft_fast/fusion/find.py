@@ -43,8 +43,8 @@ class _Entry:
         """Whether a call asks for this."""
         if self.about != about or len(self.parts) != len(parts):
             return False
-        for ref, part in zip(self.parts, parts, strict=True):
-            if ref() is not part:
+        for i, ref in enumerate(self.parts):
+            if ref() is not parts[i]:
                 return False
         return self.rest == rest and self.guards.hold()
 
@@ -81,7 +81,6 @@ def explain(field: Callable, x0: Tensor, cond: Tensor | None = None) -> str:
 
 def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:
     """What rules fusion out whatever the field is."""
-    kind = y0.device.type
     if is_traced() or (torch._C._len_torch_function_stack() and not _harmless_modes()):
         return NotFusable("torch.compile, a torch mode or a functorch transform is at work")
     if type(y0) is not Tensor and type(y0) is not nn.Parameter:
@@ -90,17 +89,11 @@ def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:
         return NotFusable(
             f"the state has the dtype {y0.dtype}", remedy="use float32 or float64 states"
         )
-    if (
-        y0.ndim == 0
-        or y0.numel() == 0
-        or y0.ndim > 5
-        or kind == "meta"
-        or y0.layout is not torch.strided
-    ):
-        return NotFusable(f"the state has the shape {list(y0.shape)} on {kind}")
+    if y0.layout is not torch.strided or y0.is_meta or not 0 < y0.ndim <= 5 or not y0.numel():
+        return NotFusable(f"the state has the shape {list(y0.shape)}, or is no plain tensor")
     if cond is not None and type(cond) is not Tensor and type(cond) is not nn.Parameter:
         return NotFusable(f"the condition is a {type(cond).__name__}, not a plain tensor")
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(y0.device.type):
         return NotFusable("autocast is enabled", remedy="leave autocast around the solve")
     if torch_module._has_any_global_hook():
         return NotFusable("hooks on all modules are registered (torch.nn.modules.module)")

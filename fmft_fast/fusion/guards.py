@@ -15,7 +15,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -66,9 +66,10 @@ _TRUSTED = (
 
 
 # Of a class, what decides what a call of its instances does.
-_CALLS = set(
-    "forward __call__ __getattr__ __getattribute__ _call_impl _wrapped_call_impl".split()
-)
+_CALLS = set("forward __call__ __getattr__ __getattribute__ _call_impl _wrapped_call_impl".split())
+
+
+_LIKE = attrgetter("dtype", "shape", "device")
 
 
 class _Same:
@@ -139,10 +140,13 @@ class Guards:
         self._seen: dict[int, Any] = {}
         self._roots: set[int] = set()
         self._classes: dict[type, None] = {}
-        self._kinds: list[tuple[Any, type]] = []
+        self._things: list[Any] = []
+        self._kinds: list[type] = []
         self._functions: dict[int, tuple[FunctionType, CodeType]] = {}
         self._checks: list[tuple[dict[str, Any], int, Callable, Any]] = []
-        self._tensor_checks: list[tuple[dict, tuple]] = []
+        self._named: list[tuple[dict, list, list]] = []  # the tensors are held below
+        self._tensors: list[Tensor] = []
+        self._likes: list[tuple] = []
         self._looks: list[tuple[Callable[[], Any], Any]] = []
         self._entries: list[tuple[Any, str, Any]] = []
         self._absent: list[tuple[dict[str, Any], str]] = []
@@ -157,7 +161,7 @@ class Guards:
         if isinstance(value, Tensor):
             self.tensors[id(value)] = value
             if id(value) not in self._roots:
-                self._tensor_checks.append(({0: value}, (_tensor(0, value),)))
+                self._tensors.append(value)
         elif isinstance(value, ModuleType):
             self._namespace(value)
         elif isinstance(value, nn.Module):
@@ -254,7 +258,7 @@ class Guards:
         """Note the attributes that code has read; of what derives from torch's layers, all."""
         self._classes[type(value)] = None
         if id(value) not in self._roots:
-            self._kinds.append((value, type(value)))
+            self._things.append(value)
         scope = value.__dict__
         bases = [base for base in type(value).__mro__ if base is not nn.Module]
         whole = self._all or any(b.__module__.startswith("torch.nn.modules") for b in bases)
@@ -278,9 +282,9 @@ class Guards:
             for tensor in found.values():
                 if tensor is not None:
                     self.tensors[id(tensor)] = tensor
+                    self._tensors.append(tensor)
             if found:
-                entry = (found, tuple(_tensor(k, v) for k, v in found.items()))
-                self._tensor_checks.append(entry)
+                self._named.append((found, list(found), list(map(id, found.values()))))
         self._object(module, ("training", "_modules", *HOOKS))
 
     def finish(self) -> Guards:
@@ -298,6 +302,10 @@ class Guards:
         self._ran, self._reached = {}, set()
         self._seen, self._classes, self.modules, self.tensors = {}, {}, {}, {}
         self._absent = list({(id(s), name): (s, name) for s, name in self._absent}.values())
+        self._entries = list({(id(e[0]), e[1]): e for e in self._entries}.values())
+        self._tensors = list({id(tensor): tensor for tensor in self._tensors}.values())
+        self._likes = list(map(_LIKE, self._tensors))
+        self._kinds = list(map(type, self._things))
         return self
 
     def apart_from(self, scope: dict[str, Any]) -> Guards:
@@ -351,21 +359,13 @@ class Guards:
             for scope, size, get, want in self._checks:
                 if len(scope) != size or want != get(scope):
                     return False
-            for thing, kind in self._kinds:
-                if type(thing) is not kind:
+            if list(map(type, self._things)) != self._kinds:
+                return False
+            for found, names, ids in self._named:
+                if list(found) != names or list(map(id, found.values())) != ids:
                     return False
-            for found, entries in self._tensor_checks:
-                if len(found) != len(entries):
-                    return False
-                for (key, now), (name, tensor, dtype, shape, device) in zip(
-                    found.items(), entries, strict=True
-                ):
-                    if now is not tensor or key != name:
-                        return False
-                    if tensor is not None and (
-                        now.dtype is not dtype or now.shape != shape or now.device != device
-                    ):
-                        return False
+            if list(map(_LIKE, self._tensors)) != self._likes:
+                return False
             for scope, name, want in self._entries:
                 if want is not (now := scope[name]) and want != now:
                     return False
@@ -381,12 +381,6 @@ class Guards:
         except Exception:  # a comparison that fails is a change as well
             return False
         return True
-
-
-def _tensor(name: Any, tensor: Tensor | None) -> tuple:
-    if tensor is None:
-        return name, None, None, None, None
-    return name, tensor, tensor.dtype, tensor.shape, tensor.device
 
 
 def _cells(f: FunctionType) -> list[tuple[str, Any]]:

@@ -253,7 +253,7 @@ def _differentiate(
 
 def _is_batched(grad: Tensor) -> bool:
     """Whether autograd was called with is_grads_batched=True."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch._C._functorch.is_legacy_batchedtensor(grad)  # type: ignore[attr-defined]
 
 
 def _wants_grad(inputs: Inputs) -> bool:
