@@ -155,9 +155,11 @@ def _of_object(field: Any) -> tuple[Any, tuple, Any] | None:
         return None
     if scope.get("_parameters") or scope.get("_buffers"):
         return None
-    parts: list[Any] = list(scope.get("_modules", {}).values())
-    names = [name for name in scope if name not in UNREAD and name != "_modules"]
-    rest = [names, *scope.get("_modules", {}), _note([scope[name] for name in names], parts)]
+    parts: list[Any] = []
+    inner = scope.get("_modules", {})
+    own = {name: value for name, value in scope.items() if name not in UNREAD}
+    own.pop("_modules", None)
+    rest = [*inner, *own, _note((*inner.values(), *own.values()), parts)]
     return type(field), tuple(parts), rest
 
 
@@ -216,7 +218,7 @@ def _find(
     guards.release()
     found = [(key, parts, rest, guards)]
     if other is not None:
-        found.append((*other, guards.apart_from(field.__dict__)))
+        found.append((*other, guards.apart_from(field.__dict__, other[1])))
     for key, parts, rest, guards in found:
         entry = _Entry(_weak(parts, key), about, rest, guards, result)
         entry.seen.add(y0.shape[:-1])

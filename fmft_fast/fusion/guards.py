@@ -14,7 +14,7 @@ import enum
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter, itemgetter
 from types import (
     BuiltinFunctionType,
@@ -308,11 +308,14 @@ class Guards:
         self._kinds = list(map(type, self._things))
         return self
 
-    def apart_from(self, scope: dict[str, Any]) -> Guards:
-        """The same without what a dictionary says itself."""
+    def apart_from(self, scope: dict[str, Any], parts: Sequence[Any]) -> Guards:
+        """The same without what a dictionary says itself, and without holding some objects."""
+        left_out = {id(scope), *map(id, parts)}
         guards = copy.copy(self)
-        guards._checks = [check for check in self._checks if check[0] is not scope]
-        return guards
+        guards._checks = [check for check in self._checks if id(check[0]) not in left_out]
+        guards._things = [thing for thing in self._things if id(thing) not in left_out]
+        guards._tensors = [tensor for tensor in self._tensors if id(tensor) not in left_out]
+        return guards.release()
 
     def _globals(self, code: CodeType, scope: dict[str, Any]) -> None:
         value: Any = None

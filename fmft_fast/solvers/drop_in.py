@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
+from ..fusion import NotFusable
 from ..ops.backend import choose_kernels
 from .adaptive import (
     AdaptiveSolver,
@@ -34,7 +35,7 @@ from .inputs import NormalisedField, Problem, State, normalise
 from .multistep import AdamsStepper
 from .scipy_bridge import integrate_with_scipy
 from .stats import SolveStats, report
-from .whole_solve import integrate_fused
+from .whole_solve import integrate_fused, route_or_none
 
 
 def odeint(
@@ -136,6 +137,7 @@ def _integrate_by_steps(problem: Problem) -> Tensor:
 
 def integrate_until_event(problem: Problem) -> tuple[Tensor, Tensor]:
     """Event time and the flat states [2, *state] at the initial and the event time."""
+    route_or_none(NotFusable("the solve ends at an event"))
     if problem.spec.family == "adaptive":
         solver = _adaptive_solver(problem)
         result = integrate_adaptive_until_event(problem, solver)
@@ -224,6 +226,7 @@ def odeint_dense(
         method=method,
         options=options,
     )
+    route_or_none(NotFusable("dense output is a function of time"))
     if problem.spec.family == "scipy":
         raise InputError("scipy_solver has no dense output; use dopri5 or another method")
     if problem.spec.family == "adaptive":

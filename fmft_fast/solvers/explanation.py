@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..fusion import NotFusable, Plan
 from ..ops.backend import choose_kernels
-from .inputs import normalise
+from .inputs import State, normalise
 from .whole_solve import find_route, obstacle
 
 
@@ -25,6 +25,7 @@ class Explanation:
         plan: the field as the kernels see it, if it can be fused.
         reason: why it is not fused, or None.
         where: the line of the field that is at fault, or None.
+        remedy: what would make it fusable, or None.
     """
 
     fused: bool
@@ -32,17 +33,20 @@ class Explanation:
     plan: Plan | None = None
     reason: str | None = None
     where: str | None = None
+    remedy: str | None = None
 
     def __str__(self) -> str:
         if self.fused:
-            return f"fused: one call of the {self.backend} kernels each way\n{self.plan}"
-        lines = [f"step by step, by the step ops of backend {self.backend}", f"why: {self.reason}"]
-        return "\n".join(lines if self.where is None else [*lines, f"where: {self.where}"])
+            plan = str(self.plan).removeprefix("fused: ")
+            return f"fused: one call of the {self.backend} kernels each way; {plan}"
+        lines = [f"step by step, by the step ops of backend {self.backend}"]
+        notes = {"why": self.reason, "where": self.where, "to fuse it": self.remedy}
+        return "\n".join(lines + [f"{name}: {note}" for name, note in notes.items() if note])
 
 
 def explain(
     field: Callable[..., Tensor],
-    x0: Tensor,
+    x0: State,
     t: Tensor | None = None,
     *,
     method: str = "euler",
@@ -50,7 +54,11 @@ def explain(
     backend: str = "auto",
     options: dict[str, Any] | None = None,
 ) -> Explanation:
-    """Say which path `solve` and `odeint` take with these arguments; nothing is solved.
+    """Say which path `odeint` and `solve` take with these arguments; nothing is solved.
+
+    What only `solve` has stands in the way besides: time_table, checkpoint_every, times that
+    require grad, and save="all" with tolerances but no grid. `fused("require")` around a solve says
+    why that very one is not fused.
 
     Args:
         field, x0, t, method, cond, backend, options: as in `solve` and `odeint`; by default t goes
@@ -72,17 +80,18 @@ def explain(
         False
     """
     times = torch.tensor([0.0, 1.0]) if t is None else t
+    device = x0.device if isinstance(x0, Tensor) else times.device
     bound = field if cond is None else lambda t, x: field(t, x, cond)
     problem = normalise(
-        bound, x0, times.to(x0.device), rtol=1e-5, atol=1e-5, method=method, options=options
+        bound, x0, times.to(device), rtol=1e-5, atol=1e-5, method=method, options=options
     )
     steps = choose_kernels(problem.y0, backend).name
     reason = obstacle(problem)
     if reason is not None:
         return Explanation(False, steps, reason=reason)
-    assert problem.spec.tableau is not None
+    assert isinstance(x0, Tensor) and problem.spec.tableau is not None
     stages, adaptive = problem.spec.tableau.stages, problem.spec.family == "adaptive"
     found = find_route(field, x0, stages, backend, cond, adaptive)
     if isinstance(found, NotFusable):
-        return Explanation(False, steps, reason=found.reason, where=found.where)
+        return Explanation(False, steps, None, found.reason, found.where, found.remedy)
     return Explanation(True, found.kernels.name, found.plan)

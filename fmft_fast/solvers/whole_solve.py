@@ -193,7 +193,8 @@ def route_or_none(found: Route | NotFusable) -> Route | None:
     if isinstance(found, Route):
         return found
     if fusion_mode() == "require":
-        raise InputError(f'fused("require") was asked for, but the solve cannot be fused: {found}')
+        why = str(found).removeprefix("not fused: ")
+        raise InputError(f'fused("require") was asked for, but the solve cannot be fused: {why}')
     return None
 
 

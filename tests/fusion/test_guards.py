@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import types
 import weakref
@@ -234,3 +235,190 @@ def test_a_layer_derived_from_one_of_torch_is_guarded_too():
     net[1].negative_slope = 0.3
     other = find_plan(field, y)
     assert isinstance(other, Plan) and other.network.layers[0].slope == 0.3
+
+
+NET = nn.Linear(D, D)
+CONFIG = types.ModuleType("config")
+
+
+class Plain:
+    gain = 1.0
+
+
+class Base(nn.Module):
+    gain1 = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.named = nn.ModuleDict({"a": nn.Linear(D, D), "b": nn.Linear(D, D)})
+        self.plain = {"a": self.named["a"], "b": self.named["b"]}
+        self.n, self.settings, self.read = 1, Plain(), CONFIG
+
+    def forward(self, t, x):
+        for layer in (*self.named.values(), *self.plain.values()):
+            x = torch.tanh(layer(x))
+        return x
+
+
+class Derived(Base):
+    pass
+
+
+class Other(Base):
+    def forward(self, t, x):
+        return -x
+
+
+class Numbers(Base):
+    def forward(self, t, x):
+        return NET(x) * self.settings.gain * self.read.gain * getattr(self, f"gain{self.n}")
+
+
+def by_a_local_name(t, x):
+    config = CONFIG
+    return NET(x) * config.gain
+
+
+def by_a_computed_name(t, x):
+    return NET(x) * getattr(CONFIG, "ga" + "in")
+
+
+def by_its_own_attribute(t, x):
+    return NET(x) * by_its_own_attribute.gain
+
+
+def by_an_attribute_to_come(t, x):
+    return NET(x) * getattr(by_an_attribute_to_come, "gain", 1.0)
+
+
+def by_a_builtin(t, x):
+    return NET(x) * max(0.5, 1.0)
+
+
+def with_gain(t, x, gain=1.0):
+    return NET(x) * gain
+
+
+def reinsert(field):
+    field.named["a"] = field.named.pop("a")
+
+
+HIDDEN = {
+    "an instance hides a class": (Numbers, lambda f: setattr(f.settings, "gain", 2.0)),
+    "a computed class attribute": (Numbers, lambda f: setattr(Numbers, "gain1", 2.0)),
+    "a file as an attribute": (Numbers, lambda f: setattr(CONFIG, "gain", 2.0)),
+    "forward of a subclass": (Derived, lambda f: setattr(Derived, "forward", Other.forward)),
+    "the class itself": (Base, lambda f: setattr(f, "__class__", Other)),
+    "the order of modules": (Base, reinsert),
+    "the order of a dictionary": (
+        Base,
+        lambda f: setattr(f, "plain", dict(reversed(f.plain.items()))),
+    ),
+    "a file by a local name": (lambda: by_a_local_name, lambda f: setattr(CONFIG, "gain", 2.0)),
+    "a computed name": (lambda: by_a_computed_name, lambda f: setattr(CONFIG, "gain", 2.0)),
+    "of a function": (lambda: by_its_own_attribute, lambda f: setattr(f, "gain", 2.0)),
+    "to come": (lambda: by_an_attribute_to_come, lambda f: setattr(f, "gain", 2.0)),
+    "a builtin": (lambda: by_a_builtin, lambda f: set_global("max", lambda a, b: 7.0)),
+    "a partial": (
+        lambda: functools.partial(with_gain, gain=1.0),
+        lambda f: f.keywords.update(gain=2.0),
+    ),
+    "the default dtype": (Base, lambda f: torch.set_default_dtype(torch.float64)),
+}
+
+
+@pytest.fixture
+def unhidden():
+    CONFIG.gain = by_its_own_attribute.gain = 1.0
+    yield
+    Numbers.gain1, CONFIG.gain, by_its_own_attribute.gain = 1.0, 1.0, 1.0
+    vars(by_an_attribute_to_come).pop("gain", None)
+    globals().pop("max", None)
+    if "forward" in vars(Derived):
+        del Derived.forward
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_change_from_the_side_is_noticed(case, unhidden):
+    make, change = HIDDEN[case]
+    field, y = make(), torch.randn(4, D)
+    plan = find_plan(field, y)
+    assert isinstance(plan, Plan), plan
+    assert find_plan(field, y) is plan
+    change(field)
+    assert find_plan(field, y) is not plan
+
+
+class Around(nn.Module):
+    def __init__(self, net, gain):
+        super().__init__()
+        self.net, self.gain = net, gain
+
+    def forward(self, t, x):
+        return self.net(x) * self.gain
+
+
+class Holder:
+    def __init__(self, net, gain):
+        self.net, self.gain = net, gain
+
+    def __call__(self, t, x):
+        return self.net(x) * self.gain
+
+
+def around(net, gain):
+    return functools.partial(with_net, net, gain=gain)
+
+
+def with_net(net, t, x, gain):
+    return net(x) * gain
+
+
+@pytest.mark.parametrize("wrap", [Around, Holder, around])
+def test_a_wrapper_made_anew_is_found_again(wrap):
+    net, y = nn.Linear(D, D), torch.randn(4, D)
+    plan = find_plan(wrap(net, 1.0), y)
+    assert isinstance(plan, Plan)
+    assert find_plan(wrap(net, 1.0), y) is plan
+    other = find_plan(wrap(net, 2.0), y)
+    assert isinstance(other, Plan) and other is not plan
+    assert find_plan(wrap(nn.Linear(D, D), 1.0), y) is not plan
+    assert find_plan(wrap(net, 1.0), y) is plan
+    net.weight = nn.Parameter(torch.randn(D, D))
+    assert find_plan(wrap(net, 1.0), y) is not plan
+    gone = weakref.ref(net)
+    del net, plan, other
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_dictionary_of_tensors_in_a_closure():
+    params = {"w": torch.randn(D, D), "b": torch.randn(D)}
+    y = torch.randn(4, D)
+    field = lambda t, x: x @ params["w"] + params["b"]  # noqa: E731
+    plan = find_plan(field, y)
+    assert isinstance(plan, Plan) and find_plan(field, y) is plan
+    params["w"] = params["w"].clone()
+    assert find_plan(field, y) is not plan
+
+
+def test_no_number_of_batches_makes_a_branch_on_their_size_believed():
+    net = nn.Linear(D, D)
+    field = lambda t, x: net(x) if len(x) < 300 else -x  # noqa: E731
+    assert all(isinstance(find_plan(field, torch.randn(n, D)), Plan) for n in range(2, 20))
+    assert isinstance(find_plan(field, torch.randn(500, D)), NotFusable)
+
+
+def test_the_garbage_collector_is_no_call_of_the_field():
+    seen = []
+    call = lambda phase, info: seen.append(phase)  # noqa: E731
+    threshold = gc.get_threshold()
+    gc.callbacks.append(call)
+    gc.set_threshold(1)
+    try:
+        assert isinstance(find_plan(MLP(D, (5,)), torch.randn(4, D)), Plan)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(call)
+    assert gc.isenabled()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmft_fast import explain, fused, odeint, record_stats, solve
+from fmft_fast import METHODS, explain, fused, odeint, odeint_dense, record_stats, solve
 from fmft_fast.errors import InputError, MaxStepsError, NonFiniteError
 from fmft_fast.fields import MLP
 
@@ -266,3 +266,74 @@ def test_an_adaptive_solve_that_gives_up_says_why():
         field.linears[0].bias.fill_(float("nan"))
     with pytest.raises(NonFiniteError):
         odeint(field, x0, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_second_derivatives_where_one_tensor_is_made_from_another():
+    torch.manual_seed(0)
+    w = nn.Parameter(0.3 * torch.randn(3, 3, dtype=torch.float64))
+    s = nn.Parameter(0.3 * torch.randn(3, 3, dtype=torch.float64))
+    x0, t = torch.randn(5, 3, dtype=torch.float64), torch.linspace(0, 1, 4, dtype=torch.float64)
+
+    def field(t, x):
+        return torch.tanh(x @ w.T) @ (w - w.T - s @ s.T).T
+
+    def compute():
+        y = odeint(field, x0 * w[0], t, method="midpoint")
+        first = torch.autograd.grad(y.square().sum(), (w, s), create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (w, s))
+
+    assert_same(*both(compute))
+
+
+def test_many_gradients_at_once():
+    field, x0 = field_and_state(batch=2)
+    x0.requires_grad_()
+    t, eye = torch.linspace(0, 1, 4, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+
+    def compute():
+        y = odeint(field, x0, t, method="rk4")[-1]
+        directions = eye.reshape(6, 2, 3)
+        return torch.autograd.grad(y, [x0, *field.parameters()], directions, is_grads_batched=True)
+
+    assert_same(*both(compute))
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "backprop"])
+def test_a_state_from_inference_mode_and_one_that_is_learned(gradient):
+    field, x0 = field_and_state()
+    with torch.inference_mode():
+        frozen = x0 + 1
+    learned = nn.Parameter(x0)
+    for x in (frozen, learned):
+        leaves = [*field.parameters(), *([x] if x.requires_grad else [])]
+
+        def compute(x=x, leaves=leaves):
+            y = solve(field, x, steps=3, gradient=gradient).y
+            return y, *gradients(y, leaves)
+
+        assert_same(*both(compute))
+
+
+def test_what_ends_at_an_event_or_is_a_function_of_time_is_not_fused():
+    field, x0 = field_and_state()
+    t = torch.linspace(0, 1, 2, dtype=torch.float64)
+    with fused("require"):
+        with pytest.raises(InputError, match="event"):
+            odeint(field, x0, t, event_fn=lambda t, y: y.sum() - 100)
+        with pytest.raises(InputError, match="function of time"):
+            odeint_dense(field, x0, t[0], t[1])
+
+
+def test_explain_takes_what_odeint_takes():
+    field, x0 = field_and_state()
+    assert "tuple" in str(explain(lambda t, y: (-y[0],), (x0,)))
+    assert "to fuse it" in str(explain(lambda t, x: x - x.mean(0), x0))
+    t = torch.linspace(0, 1, 3, dtype=torch.float64)
+    for method in METHODS:
+        found = explain(field, x0, t, method=method)
+        with fused("require"):
+            if found.fused:
+                odeint(field, x0, t, method=method)
+            else:
+                with pytest.raises(InputError, match="cannot be fused"):
+                    odeint(field, x0, t, method=method)
