@@ -205,7 +205,7 @@ def build_cpu(folder: Path, output: Path) -> None:
         for source in ("kernels", "trajectory_kernels"):
             isa_only = [*flags, f"-DFMFT_ISA={isa}", *isa_flags]
             ninja.compile("cxx", CSRC / f"cpu/{source}.cpp", isa_only, isa)
-    for source in ("step", "trajectory_plan", "trajectory", "adaptive", "threads"):
+    for source in ("step", "trajectory_plan", "trajectory", "adaptive", "per_sample", "threads"):
         ninja.compile("cxx", CSRC / f"cpu/{source}.cpp", [*flags, *dispatch])
     ninja.compile("cxx", CSRC / "bindings/cpu.cpp", [*flags, *host_flags()])
     ninja.link(output, link_flags())

@@ -89,6 +89,10 @@ class Solve:
 
 class Kept: ...
 
+class PerSample:
+    def counts(self, /) -> list[tuple[int, int, int, float]]: ...
+    def steps(self, row: int, /) -> tuple[list[float], list[float]]: ...
+
 def trajectory_forward(solve: Solve, keep: int, out: int, /) -> Kept: ...
 def trajectory_adaptive(
     solve: Solve,
@@ -106,6 +110,31 @@ def trajectory_adaptive(
 def trajectory_backward(
     solve: Solve,
     kept: Kept,
+    grad: int,
+    y0: int,
+    parameters: Sequence[int],
+    sizes: Sequence[int],
+    leading: Sequence[int],
+    tables: Sequence[int],
+    conds: Sequence[int],
+    /,
+) -> None: ...
+def per_sample_forward(
+    solve: Solve,
+    c: Sequence[float],
+    b_err: Sequence[float],
+    order: int,
+    control: Sequence[float],
+    max_num_steps: int,
+    t0: float,
+    t1: float,
+    keep: int,
+    out: int,
+    /,
+) -> PerSample: ...
+def per_sample_backward(
+    solve: Solve,
+    kept: PerSample,
     grad: int,
     y0: int,
     parameters: Sequence[int],

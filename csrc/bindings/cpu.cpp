@@ -51,6 +51,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("rk_finish", &rk_finish);
   module.def("dense_eval", &dense_eval);
   bind_trajectories(module);
+  bind_per_sample(module);
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("instruction_set", &cpu::instruction_set);
   module.def("use_instruction_set", &cpu::use_instruction_set);

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "../cpu/trajectory.h"
+#include "../cpu/per_sample.h"
 #include "step_call.h"
 
 namespace fmft {
@@ -107,15 +107,19 @@ inline cpu::Solve make_solve(const cpu::Field& field, const cpu::Method& method,
   return solve;
 }
 
+inline cpu::Control make_control(const Numbers& control, int64_t max_num_steps) {
+  if (control.size() != 9)
+    throw std::invalid_argument("expected 9 numbers of step control, got " +
+                                std::to_string(control.size()));
+  return {control[0], control[1],    control[2], control[3], control[4],
+          control[5], control[6], max_num_steps, control[7], control[8] != 0};
+}
+
 // (outcome, times, steps, outputs, their weights, rejected steps, evaluations, kept)
 inline py::tuple solve_adaptively(const cpu::Solve& solve, const Numbers& c, const Numbers& b_err,
                                   const Numbers& dense, int order, const Numbers& control,
                                   int64_t max_num_steps, const Numbers& t, int keep, Address out) {
-  if (control.size() != 9)
-    throw std::invalid_argument("expected 9 numbers of step control, got " +
-                                std::to_string(control.size()));
-  const cpu::Control numbers{control[0], control[1],    control[2], control[3], control[4],
-                             control[5], control[6], max_num_steps, control[7], control[8] != 0};
+  const cpu::Control numbers = make_control(control, max_num_steps);
   cpu::Steps steps;
   {
     py::gil_scoped_release release;
@@ -124,6 +128,49 @@ inline py::tuple solve_adaptively(const cpu::Solve& solve, const Numbers& c, con
   }
   return py::make_tuple(static_cast<int>(steps.outcome), steps.times, steps.h, steps.outputs,
                         steps.weights, steps.rejected, steps.evaluations, std::move(steps.kept));
+}
+
+// Where the gradients go: y0, parameters with their sizes and leading dimensions, tables, conds.
+inline cpu::Gradients make_gradients(Address y0, const Addresses& parameters,
+                                     std::vector<int64_t> sizes, std::vector<int64_t> leading,
+                                     const Addresses& tables, const Addresses& conds) {
+  return {pointer(y0),          pointers<void>(parameters), pointers<void>(tables),
+          pointers<void>(conds), std::move(sizes),           std::move(leading)};
+}
+
+// Of every row (outcome, accepted steps, rejected steps, last error ratio).
+inline std::vector<std::tuple<int, int64_t, int64_t, double>> row_counts(const cpu::PerSample& kept) {
+  std::vector<std::tuple<int, int64_t, int64_t, double>> found;
+  found.reserve(kept.rows.size());
+  for (const cpu::RowSolve& row : kept.rows)
+    found.emplace_back(static_cast<int>(row.outcome), row.h.size(), row.rejected, row.last_ratio);
+  return found;
+}
+
+inline void bind_per_sample(py::module_& module) {
+  py::class_<cpu::PerSample>(module, "PerSample")
+      .def("counts", &row_counts)
+      .def("steps", [](const cpu::PerSample& kept, size_t row) {
+        return py::make_tuple(kept.rows.at(row).starts, kept.rows.at(row).h);
+      });
+  module.def("per_sample_forward",
+             [](const cpu::Solve& solve, const Numbers& c, const Numbers& b_err, int order,
+                const Numbers& control, int64_t max_num_steps, double t0, double t1, int keep,
+                Address out) {
+               const cpu::Control numbers = make_control(control, max_num_steps);
+               py::gil_scoped_release release;
+               return cpu::per_sample_forward(solve, c, b_err, order, numbers, t0, t1,
+                                              static_cast<cpu::Keep>(keep), pointer(out));
+             });
+  module.def("per_sample_backward",
+             [](const cpu::Solve& solve, const cpu::PerSample& kept, Address grad, Address y0,
+                const Addresses& parameters, std::vector<int64_t> sizes,
+                std::vector<int64_t> leading, const Addresses& tables, const Addresses& conds) {
+               const cpu::Gradients gradients = make_gradients(
+                   y0, parameters, std::move(sizes), std::move(leading), tables, conds);
+               py::gil_scoped_release release;
+               cpu::per_sample_backward(solve, kept, pointer<const void>(grad), gradients);
+             });
 }
 
 inline void bind_trajectories(py::module_& module) {
@@ -141,13 +188,8 @@ inline void bind_trajectories(py::module_& module) {
              [](const cpu::Solve& solve, const cpu::Kept& kept, Address grad, Address y0,
                 const Addresses& parameters, std::vector<int64_t> sizes,
                 std::vector<int64_t> leading, const Addresses& tables, const Addresses& conds) {
-               cpu::Gradients gradients;
-               gradients.y0 = pointer(y0);
-               gradients.parameters = pointers<void>(parameters);
-               gradients.sizes = std::move(sizes);
-               gradients.leading = std::move(leading);
-               gradients.tables = pointers<void>(tables);
-               gradients.conds = pointers<void>(conds);
+               const cpu::Gradients gradients = make_gradients(
+                   y0, parameters, std::move(sizes), std::move(leading), tables, conds);
                py::gil_scoped_release release;
                cpu::trajectory_backward(solve, kept, pointer<const void>(grad), gradients);
              });

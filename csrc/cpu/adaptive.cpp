@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "step_control.h"
 #include "trajectory_plan.h"
 
 namespace fmft::cpu {
@@ -17,8 +18,7 @@ class Adaptive {
       : solve_(solve),
         c_(c),
         dense_(dense),
-        order_(order),
-        control_(control),
+        control_(control, order),
         stages_(solve.method->stages),
         size_(number_size(solve.type)) {
     steps_.kept.keep = keep;
@@ -26,7 +26,7 @@ class Adaptive {
     solve_.steps = 1;
     choose_tiles(solve_, stages_, steps_.kept);
     tiles_ = (solve.batch + steps_.kept.tile_rows - 1) / steps_.kept.tile_rows;
-    sums_.resize(2 * std::max<int64_t>(tiles_, 1));
+    sums_.resize(2 * tiles_ * steps_.kept.tile_rows);
     times_.resize(stages_);
     attempt_.times = times_.data();
     attempt_.b_err = b_err.data();
@@ -89,10 +89,14 @@ class Adaptive {
     });
   }
 
-  // The root mean square whose squares were summed tile by tile.
-  double norm(int which) const {
+  double* sums(int64_t tile) { return &sums_[2 * tile * steps_.kept.tile_rows]; }
+
+  // The root mean square whose squares were summed row by row.
+  double norm(int which) {
+    const int64_t rows = steps_.kept.tile_rows;
     double total = 0;
-    for (int64_t tile = 0; tile < tiles_; ++tile) total += sums_[2 * tile + which];
+    for (int64_t row = 0; row < solve_.batch; ++row)
+      total += sums(row / rows)[which * rows + row % rows];
     const double entries = static_cast<double>(solve_.batch * solve_.field->state);
     return entries > 0 ? std::sqrt(total / entries) : 0;
   }
@@ -100,7 +104,7 @@ class Adaptive {
   bool start() {
     times_[0] = direction_ * s_;
     each([&](const TileMemory& memory, int64_t tile) {
-      steps_.kept.kernels->start(plan_->job, memory, attempt_, &sums_[2 * tile]);
+      steps_.kept.kernels->start(plan_->job, memory, attempt_, sums(tile));
     });
     ++steps_.evaluations;
     if (!std::isnan(control_.first_step)) {
@@ -109,43 +113,19 @@ class Adaptive {
     }
     const double d0 = norm(0), d1 = norm(1);
     if (!std::isfinite(d0 + d1)) return false;
-    const double h0 = d0 < 1e-5 || d1 < 1e-5 ? 1e-6 : 0.01 * d0 / d1;
+    const double h0 = StepControl::guess(d0, d1);
     times_[0] = direction_ * (s_ + h0);
     attempt_.h = direction_ * h0;
     each([&](const TileMemory& memory, int64_t tile) {
-      steps_.kept.kernels->probe(plan_->job, memory, attempt_, &sums_[2 * tile]);
+      steps_.kept.kernels->probe(plan_->job, memory, attempt_, sums(tile));
     });
     ++steps_.evaluations;
-    const double d2 = norm(0) / h0;
-    if (!std::isfinite(d2)) {
-      h_ = h0 * 1e-3;
-      return true;
-    }
-    const double steepest = std::max(d1, d2);
-    const double h1 = steepest <= 1e-15 ? std::max(1e-6, h0 * 1e-3)
-                                        : std::pow(0.01 / steepest, 1.0 / order_);
-    h_ = std::min(100 * h0, h1);
+    h_ = control_.first_size(h0, d1, norm(0) / h0);
     return true;
   }
 
-  double clamp(double h) const {
-    return std::min(std::max(h, control_.min_step), control_.max_step);
-  }
-
-  double next_size(double h, double ratio) const {
-    double factor = control_.ifactor;
-    if (!std::isfinite(ratio)) {
-      factor = control_.dfactor;
-    } else if (ratio != 0) {
-      const double lowest = ratio < 1 ? 1.0 : control_.dfactor;
-      factor = std::min(control_.ifactor,
-                        std::max(control_.safety / std::pow(ratio, 1.0 / order_), lowest));
-    }
-    return clamp(h * factor);
-  }
-
   Outcome attempt() {
-    double h = clamp(h_), s1 = s_ + h;
+    double h = control_.clamp(h_), s1 = s_ + h;
     if (!(s1 > s_)) return Outcome::underflow;
     if (control_.meet && target_ < s1) {
       s1 = target_;
@@ -158,7 +138,7 @@ class Adaptive {
     for (int i = 0; i < stages_; ++i)
       times_[i] = direction_ * (c_[i] == 1 ? s1 : s_ + c_[i] * h);
     each([&](const TileMemory& memory, int64_t tile) {
-      steps_.kept.kernels->attempt(plan_->job, memory, attempt_, &sums_[2 * tile]);
+      steps_.kept.kernels->attempt(plan_->job, memory, attempt_, sums(tile));
     });
     steps_.evaluations += stages_ - 1;
     const double ratio = norm(0);
@@ -177,7 +157,7 @@ class Adaptive {
     } else {
       ++steps_.rejected;
     }
-    h_ = next_size(h, ratio);
+    h_ = control_.next_size(h, ratio);
     return Outcome::done;
   }
 
@@ -190,7 +170,7 @@ class Adaptive {
         for (int64_t tile = 0; tile < tiles_; ++tile) {
           const int64_t count = std::min(rows, solve_.batch - tile * rows);
           const auto* from =
-              numbers + tile * state_bytes_ / size_ + number * count * state.ld;
+              numbers + tile * state_bytes_ / size_ + number * rows * state.ld;
           for (int64_t r = 0; r < count; ++r)
             for (int64_t i = 0; i < state.width; ++i)
               finite = finite && std::isfinite(from[r * state.ld + i]);
@@ -221,8 +201,7 @@ class Adaptive {
 
   Solve solve_;
   const std::vector<double>&c_, &dense_;
-  int order_;
-  Control control_;
+  StepControl control_;
   int stages_;
   int64_t size_;
   int64_t tiles_ = 0, state_bytes_ = 0;

@@ -79,8 +79,9 @@ Kept trajectory_forward(const Solve& solve, Keep keep, void* out) {
   return kept;
 }
 
-void trajectory_backward(const Solve& solve, const Kept& kept, const void* grad,
-                         const Gradients& gradients) {
+void add_up_gradients(const Solve& solve, const Kept& kept, const void* grad,
+                      const Gradients& gradients,
+                      const std::function<void(const Plan&, char*, int64_t)>& run) {
   if (kept.keep == Keep::nothing)
     throw std::invalid_argument("expected a forward pass that kept its stage inputs, got none");
   const int64_t size = number_size(solve.type);
@@ -97,15 +98,23 @@ void trajectory_backward(const Solve& solve, const Kept& kept, const void* grad,
   plan.job.grad_y0 = gradients.y0;
   plan.job.grad_conds = gradients.conds.data();
   kept.kernels->pack(plan.job);
-  each_tile(solve, plan, kept, [&](TileMemory memory, int64_t, int part) {
-    memory.gradients = static_cast<char*>(parts.data()) + part * bytes;
-    kept.kernels->backward(plan.job, memory);
-  });
+  run(plan, static_cast<char*>(parts.data()), bytes);
   const int64_t lanes = kept.kernels->vector_bytes / size;
   if (solve.type == Type::f64)
     collect(solve, plan, gradients, static_cast<const double*>(parts.data()), lanes, kept.parts);
   else
     collect(solve, plan, gradients, static_cast<const float*>(parts.data()), lanes, kept.parts);
+}
+
+void trajectory_backward(const Solve& solve, const Kept& kept, const void* grad,
+                         const Gradients& gradients) {
+  const auto run = [&](const Plan& plan, char* parts, int64_t bytes) {
+    each_tile(solve, plan, kept, [&](TileMemory memory, int64_t, int part) {
+      memory.gradients = parts + part * bytes;
+      kept.kernels->backward(plan.job, memory);
+    });
+  };
+  add_up_gradients(solve, kept, grad, gradients, run);
 }
 
 }  // namespace fmft::cpu

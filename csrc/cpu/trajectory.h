@@ -86,7 +86,8 @@ struct Job {
   int64_t window = 1;  // steps between two products for the gradients of the matrices
 
   void* packs = nullptr;
-  int64_t row = 0, sums = 0, y = 0, k = 0, gy = 0, gx = 0, spare = 0;  // in the scratch memory
+  // In the scratch memory.
+  int64_t row = 0, sums = 0, y = 0, k = 0, gy = 0, gx = 0, spare = 0, row_steps = 0;
 };
 
 struct TileMemory {
@@ -97,12 +98,13 @@ struct TileMemory {
   void* state = nullptr;  // what an adaptive solve carries from step to step
 };
 
-// A step of an adaptive solve. In the tile's state lie matrices [rows, ld] of the state's width:
-// y, the next y, and the stages.
+// A step of an adaptive solve. In the tile's state lie matrices [tile_rows, ld] of the state's
+// width: y, the next y, and the stages.
 struct Attempt {
   int64_t step = 0;     // number of the step
   double h = 0;         // signed
   const double* times = nullptr;  // [stages]
+  const double* row_h = nullptr;  // the steps of every row, and then times are [stages, tile_rows]
   const double* b_err = nullptr;
   double rtol = 0, atol = 0;
   int y = 0, next = 1;  // numbers of the matrices
@@ -116,14 +118,17 @@ struct TrajectoryKernels {
   void (*pack)(const Job&);
   void (*forward)(const Job&, const TileMemory&);
   void (*backward)(const Job&, const TileMemory&);
-  // Adaptive solves. Sums of squares over the entries, in units of the allowed error: of y0 and
-  // its slope; of the change of slope after a step of h; of the error of a step.
+  // Adaptive solves. Sums of squares over the entries of every row, in units of the allowed error:
+  // of y0 and [tile_rows] numbers later its slope; of the change of slope after a step of h; of
+  // the error of a step.
   void (*start)(const Job&, const TileMemory&, const Attempt&, double* sums);
-  void (*probe)(const Job&, const TileMemory&, const Attempt&, double* sum);
-  void (*attempt)(const Job&, const TileMemory&, const Attempt&, double* sum);
+  void (*probe)(const Job&, const TileMemory&, const Attempt&, double* sums);
+  void (*attempt)(const Job&, const TileMemory&, const Attempt&, double* sums);
   // One output from the stages of the last step.
   void (*interpolate)(const Job&, const TileMemory&, const Attempt&, const double* weights,
                       void* out);
+  // The adjoint of a step, for rows with steps of their own.
+  void (*step_back)(const Job&, const TileMemory&, const Attempt&);
 };
 
 const TrajectoryKernels& trajectory_portable();

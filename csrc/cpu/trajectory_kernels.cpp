@@ -19,6 +19,7 @@ struct Tile {
   int64_t kept_offset;
   T *scratch, *gradients;
   int64_t base;  // the stage that comes first in the scratch memory
+  const double* times = nullptr;  // of every row, in place of a time that all rows share
 
   Tile(const Job& job, const TileMemory& memory)
       : job(job),
@@ -129,11 +130,15 @@ struct Sum {
     x[count] = from;
     w[count++] = static_cast<T>(weight);
   }
-  // to = y + sum; y may be nullptr for zero.
-  void write(T* to, const T* y, int64_t size) const {
+  // to = y + scale sum; nullptr for y is zero and for scale one.
+  void write(T* to, const T* y, int64_t size, const T* scale = nullptr) const {
     each_vector<T>(size, [&](int64_t i, auto part) {
-      Vector<T> total = y ? get(y + i, part) : Vector<T>{};
+      Vector<T> total = y && !scale ? get(y + i, part) : Vector<T>{};
       for (int j = 0; j < count; ++j) total += w[j] * get(x[j] + i, part);
+      if (scale) {
+        total *= get(scale + i, part);
+        if (y) total += get(y + i, part);
+      }
       put<T>(to + i, total, part);
     });
   }
@@ -192,14 +197,15 @@ void pack_all(const Job& job) {
 
 // ---- the network
 
-// bias + t w_t + table[q] of a layer, or nullptr.
+// bias + t w_t + table[q] of a layer, or nullptr; without t w_t if the rows' times differ.
 template <class T>
 const T* first_row_of(const Tile<T>& tile, const Layer& layer, const Value& out, int64_t q,
                       double t) {
   const T* bias = layer.bias_row >= 0 ? tile.pack(layer.bias_row) : nullptr;
-  if (layer.time_row < 0 && layer.table < 0) return bias;
+  const bool timed = layer.time_row >= 0 && !tile.times;
+  if (!timed && layer.table < 0) return bias;
   T* row = tile.scratch + tile.job.row;
-  const T* time = layer.time_row >= 0 ? tile.pack(layer.time_row) : nullptr;
+  const T* time = timed ? tile.pack(layer.time_row) : nullptr;
   const T* table = layer.table >= 0
                        ? static_cast<const T*>(tile.job.tables[layer.table]) + q * out.width
                        : nullptr;
@@ -278,6 +284,14 @@ void evaluate(const Tile<T>& tile, int64_t q, double t, T* velocity) {
     for (int i = 0; i < layer.term_count; ++i)
       if (layer.terms[i].parameter < 0)
         accumulate<T>(out, tile.rows, z, tile.value(layer.terms[i].source, q), true);
+    if (layer.time_row >= 0 && tile.times) {
+      const T* time = tile.pack(layer.time_row);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        each_vector<T>(out.ld, [&](int64_t i, auto part) {
+          T* to = z + r * out.ld + i;
+          put<T>(to, get(to, part) + static_cast<T>(tile.times[r]) * get(time + i, part), part);
+        });
+    }
     if (layer.cond >= 0) {
       const T* cond = static_cast<const T*>(job.conds[layer.cond]) + tile.first * out.width;
       for (int64_t r = 0; r < tile.rows; ++r)
@@ -392,7 +406,11 @@ void pull_back(const Tile<T>& tile, int64_t q, double t, T* gx) {
     T* sums = summed ? tile.scratch + job.sums : nullptr;
     finish_delta(tile, l, q, delta, sums);
     if (layer.bias_sum >= 0) add_row(tile.gradients + layer.bias_sum, sums, out.width, 1);
-    if (layer.time_sum >= 0) add_row(tile.gradients + layer.time_sum, sums, out.width, t);
+    if (layer.time_sum >= 0 && !tile.times)
+      add_row(tile.gradients + layer.time_sum, sums, out.width, t);
+    if (layer.time_sum >= 0 && tile.times)
+      for (int64_t r = 0; r < tile.rows; ++r)
+        add_row(tile.gradients + layer.time_sum, delta + r * out.ld, out.width, tile.times[r]);
     if (layer.table_sum >= 0)
       add_row(tile.gradients + layer.table_sum + q * out.width, sums, out.width, 1);
     if (layer.cond >= 0 && job.grad_conds[layer.cond]) {
@@ -579,11 +597,31 @@ struct Carried {
   Carried(const Tile<T>& tile, const TileMemory& memory, const Attempt& attempt)
       : size(tile.rows * tile.state().ld) {
     T* state = static_cast<T*>(memory.state);
-    y = state + attempt.y * size;
-    next = state + attempt.next * size;
-    for (int i = 0; i < tile.job.stages; ++i) k[i] = state + attempt.k[i] * size;
+    const int64_t matrix = tile.job.tile_rows * tile.state().ld;
+    y = state + attempt.y * matrix;
+    next = state + attempt.next * matrix;
+    for (int i = 0; i < tile.job.stages; ++i) k[i] = state + attempt.k[i] * matrix;
   }
 };
+
+// The time of a stage: that of all rows, or into the tile those of every row.
+template <class T>
+double set_time(Tile<T>& tile, const Attempt& attempt, int stage) {
+  if (!attempt.row_h) return attempt.times[stage];
+  tile.times = attempt.times + stage * tile.job.tile_rows;
+  return 0;
+}
+
+// The steps of every row, spread over the entries of its state; nullptr if the rows share one.
+template <class T>
+const T* spread_steps(const Tile<T>& tile, const Attempt& attempt) {
+  if (!attempt.row_h) return nullptr;
+  T* to = tile.scratch + tile.job.row_steps;
+  const int64_t ld = tile.state().ld;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    for (int64_t j = 0; j < ld; ++j) to[r * ld + j] = static_cast<T>(attempt.row_h[r]);
+  return to;
+}
 
 template <class T>
 void evaluate_into(const Tile<T>& tile, int64_t slot, double t, T* velocity, int64_t size) {
@@ -592,20 +630,22 @@ void evaluate_into(const Tile<T>& tile, int64_t slot, double t, T* velocity, int
     memcpy(tile.value(tile.job.layer_count, slot), velocity, size * sizeof(T));
 }
 
-// Sum over the entries of (f(row, column) / (atol + rtol max(|y|, |next|)))^2.
+// Of every row, the sum over its entries of (f(entry) / (atol + rtol max(|y|, |next|)))^2.
 template <class T, class F>
-double sum_of_errors(const Tile<T>& tile, const Attempt& attempt, const T* y, const T* next, F f) {
+void sum_errors(const Tile<T>& tile, const Attempt& attempt, const T* y, const T* next,
+                double* sums, F f) {
   const Value& state = tile.state();
   const T rtol = static_cast<T>(attempt.rtol), atol = static_cast<T>(attempt.atol);
-  double total = 0;
-  for (int64_t r = 0; r < tile.rows; ++r)
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    double total = 0;
     for (int64_t i = r * state.ld; i < r * state.ld + state.width; ++i) {
       const T a = magnitude(y[i]), b = magnitude(next[i]);
       // A NaN in the next state makes the comparison false and so reaches the scale.
       const double error = f(i) / (atol + rtol * (a > b ? a : b));
       total += error * error;
     }
-  return total;
+    sums[r] = total;
+  }
 }
 
 template <class T>
@@ -615,40 +655,68 @@ void start_tile(const Job& job, const TileMemory& memory, const Attempt& attempt
   read_rows(tile.state(), tile.rows, x.y, job.y0, tile.first);
   memcpy(tile.value(0, 0), x.y, x.size * sizeof(T));
   evaluate_into(tile, 0, attempt.times[0], x.k[0], x.size);
-  sums[0] = sum_of_errors(tile, attempt, x.y, x.y, [&](int64_t i) { return x.y[i]; });
-  sums[1] = sum_of_errors(tile, attempt, x.y, x.y, [&](int64_t i) { return x.k[0][i]; });
+  sum_errors(tile, attempt, x.y, x.y, sums, [&](int64_t i) { return x.y[i]; });
+  sum_errors(tile, attempt, x.y, x.y, sums + job.tile_rows, [&](int64_t i) { return x.k[0][i]; });
 }
 
 template <class T>
-void probe_tile(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sum) {
-  const Tile<T> tile(job, memory);
+void probe_tile(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sums) {
+  Tile<T> tile(job, memory);
   const Carried<T> x(tile, memory, attempt);
+  const T* steps = spread_steps(tile, attempt);
   Sum<T> step;
-  step.add(x.k[0], attempt.h);
-  step.write(tile.value(0, 1), x.y, x.size);
-  evaluate_into(tile, 1, attempt.times[0], x.k[1], x.size);
-  *sum = sum_of_errors(tile, attempt, x.y, x.y, [&](int64_t i) { return x.k[1][i] - x.k[0][i]; });
+  step.add(x.k[0], steps ? 1 : attempt.h);
+  step.write(tile.value(0, 1), x.y, x.size, steps);
+  evaluate_into(tile, 1, set_time(tile, attempt, 0), x.k[1], x.size);
+  sum_errors(tile, attempt, x.y, x.y, sums, [&](int64_t i) { return x.k[1][i] - x.k[0][i]; });
 }
 
 template <class T>
-void attempt_tile(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sum) {
-  const Tile<T> tile(job, memory);
+void attempt_tile(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sums) {
+  Tile<T> tile(job, memory);
   const Carried<T> x(tile, memory, attempt);
+  const T* steps = spread_steps(tile, attempt);
+  const double h = steps ? 1 : attempt.h;
   const int s = job.stages;
   for (int i = 1; i < s; ++i) {
     const int64_t slot = attempt.step * (s - 1) + i;
     T* input = tile.value(0, slot);
     Sum<T> step;
-    for (int j = 0; j < i; ++j) step.add(x.k[j], attempt.h * job.a[i * s + j]);
-    step.write(input, x.y, x.size);
+    for (int j = 0; j < i; ++j) step.add(x.k[j], h * job.a[i * s + j]);
+    step.write(input, x.y, x.size, steps);
     if (i == s - 1) memcpy(x.next, input, x.size * sizeof(T));
-    evaluate_into(tile, slot, attempt.times[i], x.k[i], x.size);
+    evaluate_into(tile, slot, set_time(tile, attempt, i), x.k[i], x.size);
   }
   Sum<T> errors;
-  for (int i = 0; i < s; ++i) errors.add(x.k[i], attempt.h * attempt.b_err[i]);
+  for (int i = 0; i < s; ++i) errors.add(x.k[i], h * attempt.b_err[i]);
   T* error = tile.scratch + job.spare;
-  errors.write(error, nullptr, x.size);
-  *sum = sum_of_errors(tile, attempt, x.y, x.next, [=](int64_t i) { return error[i]; });
+  errors.write(error, nullptr, x.size, steps);
+  sum_errors(tile, attempt, x.y, x.next, sums, [=](int64_t i) { return error[i]; });
+}
+
+// The gradient y of the rows' next states becomes that of their states, whose stage inputs are kept.
+template <class T>
+void step_back_tile(const Job& job, const TileMemory& memory, const Attempt& attempt) {
+  Tile<T> tile(job, memory);
+  const Carried<T> x(tile, memory, attempt);
+  const T* steps = spread_steps(tile, attempt);
+  const int s = job.stages, slots = s - job.shared;
+  const bool needed = tile.velocity().value.offset >= 0;
+  T* gx[kMaxStages];
+  for (int i = slots - 1; i >= 0; --i) {
+    gx[i] = tile.scratch + job.gx + i * x.size;
+    Sum<T> sum;
+    sum.add(x.y, job.b[i]);
+    for (int j = i + 1; j < slots; ++j) sum.add(gx[j], job.a[j * s + i]);
+    sum.write(tile.delta(job.layer_count, i), nullptr, x.size, steps);
+    const double t = set_time(tile, attempt, i);
+    evaluate(tile, i, t, needed ? tile.value(job.layer_count, i) : nullptr);
+    pull_back(tile, i, t, gx[i]);
+  }
+  Sum<T> sum;
+  for (int i = 0; i < slots; ++i) sum.add(gx[i], 1);
+  sum.write(x.y, x.y, x.size);
+  weight_gradients(tile, 0, slots);
 }
 
 template <class T>
@@ -677,12 +745,16 @@ void start(const Job& job, const TileMemory& memory, const Attempt& attempt, dou
   FMFT_BY_TYPE(start, memory, attempt, sums);
 }
 
-void probe(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sum) {
-  FMFT_BY_TYPE(probe, memory, attempt, sum);
+void probe(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sums) {
+  FMFT_BY_TYPE(probe, memory, attempt, sums);
 }
 
-void attempt(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sum) {
-  FMFT_BY_TYPE(attempt, memory, attempt, sum);
+void attempt(const Job& job, const TileMemory& memory, const Attempt& attempt, double* sums) {
+  FMFT_BY_TYPE(attempt, memory, attempt, sums);
+}
+
+void step_back(const Job& job, const TileMemory& memory, const Attempt& attempt) {
+  FMFT_BY_TYPE(step_back, memory, attempt);
 }
 
 void interpolate(const Job& job, const TileMemory& memory, const Attempt& attempt,
@@ -691,8 +763,8 @@ void interpolate(const Job& job, const TileMemory& memory, const Attempt& attemp
 }
 
 constexpr TrajectoryKernels kTrajectoryKernels{
-    FMFT_TEXT(FMFT_ISA), kVectorBytes, kBlockRows, kBlockVectors, pack,       forward,
-    backward,            start,        probe,      attempt,       interpolate};
+    FMFT_TEXT(FMFT_ISA), kVectorBytes, kBlockRows, kBlockVectors, pack,        forward,
+    backward,            start,        probe,      attempt,       interpolate, step_back};
 
 }  // namespace FMFT_ISA
 

@@ -189,6 +189,7 @@ Plan make_plan(const Solve& solve, const Kept& kept, const Gradients* gradients)
   job.row = plan.scratch.take(longest);
   job.sums = plan.scratch.take(longest);
   job.spare = plan.scratch.take(matrix);
+  job.row_steps = plan.scratch.take(matrix);
   if (backward) {
     job.gy = plan.scratch.take(matrix);
     job.gx = plan.scratch.take(s * matrix);

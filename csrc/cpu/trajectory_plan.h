@@ -1,6 +1,7 @@
 // Where everything of a solve lies in memory.
 #pragma once
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "trajectory.h"
@@ -44,6 +45,12 @@ void choose_tiles(const Solve& solve, int64_t evaluations, Kept& kept);
 
 // The plan of a forward pass, or of the backward pass for these gradients.
 Plan make_plan(const Solve& solve, const Kept& kept, const Gradients* gradients);
+
+// Runs run(plan, parts, bytes) on zeroed gradients of every part, of so many bytes each, and adds
+// them up.
+void add_up_gradients(const Solve& solve, const Kept& kept, const void* grad,
+                      const Gradients& gradients,
+                      const std::function<void(const Plan&, char*, int64_t)>& run);
 
 // Runs run(memory, tile, part) for all tiles, tiles that lie next to each other on one thread.
 template <class Run>

@@ -119,6 +119,28 @@ class AdaptiveSolve(NamedTuple):
     evaluations: int
 
 
+class PerSampleSolve(NamedTuple):
+    """An adaptive solve in which every row of the batch has its own steps.
+
+    Attributes:
+        outcomes: [batch] how the rows ended, see `AdaptiveSolve`.
+        y: [batch, state] final states; of a row that ended early, the last state.
+        accepted: [batch] numbers of accepted steps.
+        rejected: [batch] numbers of rejected steps.
+        ratios: [batch] error ratios of the last attempts.
+        evaluations: [batch] numbers of evaluations of the field.
+        kept: what the backward pass wants, and the steps.
+    """
+
+    outcomes: list[str]
+    y: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    ratios: Tensor
+    evaluations: Tensor
+    kept: Any
+
+
 class AdaptiveKernels(TrajectoryKernels, Protocol):
     """Kernels that control the steps themselves."""
 

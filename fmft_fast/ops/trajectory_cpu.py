@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmft_fast import _cpu
 from fmft_fast.ops.network import ACTIVATIONS, Inputs, Network
-from fmft_fast.ops.trajectory import AdaptiveSolve, Control, Keep, Program, Row
+from fmft_fast.ops.trajectory import AdaptiveSolve, Control, Keep, PerSampleSolve, Program, Row
 
 KEEP_CODES = {"nothing": 0, "inputs": 1, "activations": 2}
 TYPE_CODES = {torch.float32: 0, torch.float64: 1}
@@ -33,6 +33,18 @@ class Kept(NamedTuple):
     solve: _cpu.Solve
     tensors: tuple[Any, ...]
     memory: _cpu.Kept
+
+
+class KeptRows(NamedTuple):
+    """Like `Kept`, of a solve whose rows have their own steps."""
+
+    solve: _cpu.Solve
+    tensors: tuple[Any, ...]
+    rows: _cpu.PerSample
+
+    def steps(self, row: int) -> tuple[list[float], list[float]]:
+        """The ends [N + 1] of the accepted steps of a row, and their signed sizes [N]."""
+        return self.rows.steps(row)
 
 
 class CpuTrajectoryKernels:
@@ -93,17 +105,7 @@ class CpuTrajectoryKernels:
                 tableau.b_err,
                 [x for row in tableau.dense for x in row],
                 tableau.order,
-                [
-                    control.rtol,
-                    control.atol,
-                    control.safety,
-                    control.ifactor,
-                    control.dfactor,
-                    control.min_step,
-                    control.max_step,
-                    math.nan if control.first_step is None else control.first_step,
-                    control.meet,
-                ],
+                _numbers(control),
                 control.max_num_steps,
                 t,
                 KEEP_CODES[keep],
@@ -129,26 +131,104 @@ class CpuTrajectoryKernels:
         self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs
     ) -> Inputs:
         """See `TrajectoryKernels`."""
+        found, addresses = _gradients(kept.tensors[0], wanted)
         grad = grad.contiguous()
-        tensors = kept.tensors[0]
-        found = Inputs(
-            torch.empty_like(tensors.y0) if wanted.y0 else None,
-            _like(tensors.parameters, wanted.parameters),
-            _like(tensors.tables, wanted.tables),
-            _like(tensors.conds, wanted.conds),
-        )
-        _cpu.trajectory_backward(
-            kept.solve,
-            kept.memory,
-            grad.data_ptr(),
-            _address(found.y0),
-            [_address(x) for x in found.parameters],
-            [0 if x is None else x.numel() for x in found.parameters],
-            [0 if x is None else x.stride(0) for x in found.parameters],
-            [_address(x) for x in found.tables],
-            [_address(x) for x in found.conds],
-        )
+        _cpu.trajectory_backward(kept.solve, kept.memory, grad.data_ptr(), *addresses)
         return found
+
+    def adaptive_per_sample(
+        self,
+        network: Network,
+        tableau: Any,
+        control: Control,
+        inputs: Inputs,
+        t0: float,
+        t1: float,
+        keep: Keep,
+    ) -> PerSampleSolve:
+        """Solve to t1, every row of the batch with step control of its own.
+
+        The error of a row is the root mean square over its state. Its last step ends at t1.
+
+        Args:
+            network: the field, without tables.
+            tableau: see `adaptive`.
+            control: tolerances and bounds of the step control, for every row alike.
+            inputs: the tensors.
+            t0: first time.
+            t1: last time.
+            keep: "nothing", or the inputs of all stages of the accepted steps.
+        """
+        tensors = _laid_out(inputs)
+        assert tensors.y0 is not None
+        y = torch.empty_like(tensors.y0)
+        none = torch.empty(0, dtype=torch.float64)
+        before = Program(network, tableau.a, tableau.b, none, none, ())
+        solve, alive = _solve(before, tensors, shared=True)
+        rows = _cpu.per_sample_forward(
+            solve,
+            tableau.c,
+            tableau.b_err,
+            tableau.order,
+            _numbers(control),
+            control.max_num_steps,
+            t0,
+            t1,
+            KEEP_CODES[keep],
+            y.data_ptr(),
+        )
+        counts = torch.tensor(rows.counts(), dtype=torch.float64).view(-1, 4)
+        outcomes, accepted, rejected = counts[:, :3].long().unbind(1)
+        first = 2 if control.first_step is None else 1
+        return PerSampleSolve(
+            [OUTCOMES[x] for x in outcomes.tolist()],
+            y,
+            accepted,
+            rejected,
+            counts[:, 3],
+            first + (len(tableau.b) - 1) * (accepted + rejected),
+            KeptRows(solve, alive, rows),
+        )
+
+    def backward_per_sample(self, kept: KeptRows, grad: Tensor, wanted: Inputs) -> Inputs:
+        """Gradients of the inputs from that of the final states, with the steps held constant."""
+        found, addresses = _gradients(kept.tensors[0], wanted)
+        grad = grad.contiguous()
+        _cpu.per_sample_backward(kept.solve, kept.rows, grad.data_ptr(), *addresses)
+        return found
+
+
+def _numbers(control: Control) -> list[float]:
+    """The step control in the compiled module's form."""
+    return [
+        control.rtol,
+        control.atol,
+        control.safety,
+        control.ifactor,
+        control.dfactor,
+        control.min_step,
+        control.max_step,
+        math.nan if control.first_step is None else control.first_step,
+        control.meet,
+    ]
+
+
+def _gradients(tensors: Inputs, wanted: Inputs) -> tuple[Inputs, tuple[Any, ...]]:
+    """Room for the gradients, and where it lies in the compiled module's form."""
+    found = Inputs(
+        torch.empty_like(tensors.y0) if wanted.y0 and tensors.y0 is not None else None,
+        _like(tensors.parameters, wanted.parameters),
+        _like(tensors.tables, wanted.tables),
+        _like(tensors.conds, wanted.conds),
+    )
+    return found, (
+        _address(found.y0),
+        [_address(x) for x in found.parameters],
+        [0 if x is None else x.numel() for x in found.parameters],
+        [0 if x is None else x.stride(0) for x in found.parameters],
+        [_address(x) for x in found.tables],
+        [_address(x) for x in found.conds],
+    )
 
 
 def _laid_out(inputs: Inputs) -> Inputs:
