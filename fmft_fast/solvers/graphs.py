@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import CaptureWarning
 from ..ops.contract import is_traced
+from ..ops.precision import convolution_precision, matmul_precision
 from .recorder import CaptureError, Recorded, find_recorder
 
 if TYPE_CHECKING:
@@ -150,9 +151,9 @@ def _settings(device: torch.device) -> tuple:
         threading.get_ident(),
         stream,
         torch.is_inference_mode_enabled(),
-        torch.get_float32_matmul_precision(),
+        matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.allow_tf32,
+        convolution_precision(),
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
         torch.get_default_dtype(),

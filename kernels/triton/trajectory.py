@@ -43,6 +43,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fmft_fast.ops.network import Inputs, Network
+from fmft_fast.ops.precision import matmul_precision
 from fmft_fast.ops.trajectory import Keep, Program, Row
 
 MAX_WIDTH = 128
@@ -279,7 +280,7 @@ def _copied(
 
 def _precision(direction: str, network: Network) -> str:
     """What `tl.dot` does with float32."""
-    found = PRECISIONS[torch.get_float32_matmul_precision()]
+    found = PRECISIONS[matmul_precision()]
     is_listed = (direction, found, max(32, _widest(network))) in CONFIGS
     return found if is_listed and torch.version.hip is None else "ieee"
 
