@@ -110,20 +110,32 @@ class CudaRecorder:
             own = rehearse or before == torch.cuda.default_stream()
             stream = torch.cuda.Stream() if own else before
             stream.wait_stream(before)
-            graph = torch.cuda.CUDAGraph()
-            for generator in generators:
-                graph.register_generator_state(generator)
+            pool = torch.cuda.graph_pool_handle()
             try:
                 if rehearse:
                     self._warm_up(work, stream)
-                # Other threads, such as a loader that pins memory, may go on meanwhile.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    outputs = work()
+                graph, outputs = self._capture(work, stream, pool, generators)
             except Exception as error:
-                self._clean_up(graph, before)
+                self._clean_up(before, stream, pool, generators)
                 raise CaptureError(_reason(error)) from error
             before.wait_stream(stream)
         return _CudaGraph(graph, outputs)
+
+    def _capture(
+        self,
+        work: Callable[[], Sequence[Tensor]],
+        stream: torch.cuda.Stream,
+        pool: Any,
+        generators: Sequence[torch.Generator],
+    ) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        # Other threads, such as a loader that pins memory, may go on meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            outputs = work()
+        return graph, outputs
 
     def _warm_up(self, work: Callable[[], Sequence[Tensor]], stream: torch.cuda.Stream) -> None:
         """Run what libraries do only once, then refuse what waits for the device."""
@@ -133,23 +145,33 @@ class CudaRecorder:
                 work()
             try:
                 # So that a wait is found here: inside a capture it would spoil that first.
-                torch.cuda.set_sync_debug_mode("error")
+                _react_to_waits("error")
                 work()
             finally:
-                torch.cuda.set_sync_debug_mode(mode)
+                _react_to_waits(mode)
 
-    def _clean_up(self, graph: torch.cuda.CUDAGraph, before: torch.cuda.Stream) -> None:
-        """Leave stream and allocator as if nothing had been recorded.
+    def _clean_up(
+        self,
+        before: torch.cuda.Stream,
+        stream: torch.cuda.Stream,
+        pool: Any,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        """Leave stream, allocator and generators as if nothing had been recorded.
 
-        After a spoiled capture torch stays on the stream of the capture, and its allocator goes on
-        as if the capture did, too.
+        After a spoiled capture torch stays on the stream of the capture, and its allocator and its
+        generators go on as if the capture did, too; a capture that ends well ends theirs.
         """
         torch.cuda.set_stream(before)
         with suppress(RuntimeError):
             end: Any = torch._C._cuda_endAllocateToPool  # pyright: ignore
-            end(torch.cuda.current_device(), graph.pool())
+            end(torch.cuda.current_device(), pool)
         with suppress(RuntimeError):
             torch.cuda.synchronize()
+        with suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty graph
+            self._capture(lambda: [], stream, torch.cuda.graph_pool_handle(), generators)
+        torch.cuda.set_stream(before)
 
 
 class _CudaGraph:
@@ -160,6 +182,13 @@ class _CudaGraph:
         self.graph.replay()
 
 
+def _react_to_waits(how: int | str) -> None:
+    """Choose what torch does at a wait for the device; it warns once that this is a prototype."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(how)
+
+
 @contextmanager
 def watch_waits(device: torch.device) -> Iterator[list[str]]:
     """Collect what torch says about waits for a device inside; elsewhere there are none."""
@@ -168,16 +197,16 @@ def watch_waits(device: torch.device) -> Iterator[list[str]]:
         yield waits
         return
     mode = torch.cuda.get_sync_debug_mode()
+    _react_to_waits("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
         try:
             yield waits
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
+            _react_to_waits(mode)
     for warning in caught:
         text = str(warning.message)
-        if "synchronizing" in text:
+        if "called a synchronizing" in text:
             waits.append(text.splitlines()[0])
         else:
             warnings.warn_explicit(

@@ -132,21 +132,26 @@ class TrainStep:
             done = self.usual_steps.get(key, 0)
             self.usual_steps[key] = done + 1
             if done < USUAL_STEPS:
-                return self._watched(batch, choice)
+                return self._watched(batch, choice, may_wait=done == 0)
             return self._record(key, batch, choice)
         except CaptureError as error:
             reason, *done = error.args
             self.give_up(reason)
             return done[0] if done else self._usual(batch, choice)
 
-    def _watched(self, batch: Batch | None, choice: Hashable) -> tuple[Tensor, Tensor]:
-        """A usual step, with an eye on what a replay would not do."""
+    def _watched(
+        self, batch: Batch | None, choice: Hashable, may_wait: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A usual step, with an eye on what a replay would not do.
+
+        The first one of a kind may wait: a field is looked into, numbers are brought to the device.
+        """
         before = self._outside()
         with watch_waits(self.device) as waits, cuda_graphs(False):
             done = self._usual(batch, choice)
         if before[0] is None:
             raise CaptureError("a module of the model has hooks, or is parallel or compiled", done)
-        if waits:
+        if waits and not may_wait:
             raise CaptureError(f"it waits for the device ({waits[0]})", done)
         if before != self._outside():
             raise CaptureError(

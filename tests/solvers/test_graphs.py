@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -362,6 +363,26 @@ def test_switches(monkeypatch):
     assert recorder.find_recorder(gpu) is None
     with cuda_graphs(True):
         assert recorder.find_recorder(gpu) is not None
+
+
+def test_a_wait_is_told_from_other_warnings(monkeypatch):
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn(
+            "a prototype, which does not detect all synchronizing operations", stacklevel=2
+        )
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with recorder.watch_waits(torch.device("cuda")) as waits:
+            warnings.warn("called a synchronizing CUDA operation (in copy)", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+    assert waits == ["called a synchronizing CUDA operation (in copy)"]
+    assert [str(w.message) for w in caught] == ["something else"] and modes == ["warn", 0]
 
 
 def test_the_reason_is_what_went_wrong_first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import warnings
@@ -234,6 +235,22 @@ def test_dropout_and_hooks_are_told_and_trained_as_usual(double):
     with pytest.warns(CaptureWarning, match="hooks"):
         make(field).run()
     assert double.records == 0
+
+
+@pytest.mark.parametrize("waits_in", [{0}, {1}])
+def test_only_the_first_step_of_a_kind_may_wait(double, monkeypatch, waits_in):
+    steps = iter(range(100))
+
+    @contextlib.contextmanager
+    def watch(device):
+        yield ["called a synchronizing CUDA operation"] if next(steps) in waits_in else []
+
+    monkeypatch.setattr(step_module, "watch_waits", watch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CaptureWarning)
+        make(solver_steps=(2,), coupling="ot-fixed").run()
+    told = [w for w in caught if "waits for the device" in str(w.message)]
+    assert len(told) == (waits_in == {1}) and (double.records > 0) == (not told)
 
 
 def test_a_failed_recording_loses_no_step(double):
