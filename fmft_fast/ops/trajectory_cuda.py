@@ -22,11 +22,14 @@ from torch import Tensor
 from fmft_fast import _cuda
 from fmft_fast.errors import InputError
 from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term
+from fmft_fast.ops.precision import matmul_precision
 from fmft_fast.ops.trajectory import Keep, Program, rebuild
 
 SPLITS = {"medium": 1, "high": 2, "highest": 3}
 MAX_WARPS, MAX_STAGES, MAX_LAYERS, MAX_TERMS, MAX_SKIPS = 8, 7, 12, 24, 12
 MAX_PARAMETERS, MAX_TABLES, MAX_CONDS = 32, 12, 4
+# Bytes for what a deferred backward pass keeps, and rows that fill a GPU, which it may take anyhow.
+ROOM, MIN_ROWS = 1 << 32, 4096
 
 
 @dataclass(frozen=True)
@@ -339,7 +342,7 @@ def _reads_all(same: _Same, *columns: int) -> bool:
 
 
 def _split() -> int:
-    return SPLITS[torch.get_float32_matmul_precision()]
+    return SPLITS[matmul_precision()]
 
 
 @functools.cache
@@ -545,6 +548,8 @@ class _Trajectory:
         batch, network = y0.shape[0], program.network
         queue = _queue(y0)
         found, blocks = _chosen(program, y0, split, True, queue[0])
+        if found.deferred and (rows := _rows_at_once(program)) < batch:
+            return self._by_parts(program, inputs, kept, grad, wanted, rows)
         asked = [
             (x, bool(w))
             for x, w in zip(
@@ -596,6 +601,36 @@ class _Trajectory:
         if found.deferred:
             _add_products(network, shaped, values, deltas)
         return rebuild(inputs, [grad_y0, *shaped, *conds])
+
+    def _by_parts(
+        self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs, rows: int
+    ) -> Inputs:
+        """Do so many rows after another, whose values and gradients fit into `ROOM`."""
+        stage_inputs, split = kept
+        conds = [x.split(rows) for x in inputs.conds]
+        shared: list[Tensor | None] = []
+        parts = []
+        for i, y0 in enumerate(inputs.y0.split(rows) if inputs.y0 is not None else ()):
+            at = slice(i * rows, i * rows + len(y0))
+            some = Inputs(y0, inputs.parameters, inputs.tables, [x[i] for x in conds])
+            own = stage_inputs[:, at].contiguous(), split
+            part = self.backward(program, some, own, grad[:, at], wanted)
+            both = [*part.parameters, *part.tables]
+            shared = [
+                x if total is None or x is None else total.add_(x)
+                for total, x in zip(shared or [None] * len(both), both, strict=True)
+            ]
+            parts.append([part.y0, *part.conds])
+        first, *rest = [
+            None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*parts, strict=True)
+        ]
+        return rebuild(inputs, [first, *shared, *rest])
+
+
+def _rows_at_once(program: Program) -> int:
+    """How many samples the values and the gradients of all layers may be kept of."""
+    width = 2 * sum(layer.width for layer in program.network.layers)
+    return max(MIN_ROWS, ROOM // (4 * width * max(1, program.steps * program.stages)))
 
 
 def _square(program: Program) -> list[list[float]]:

@@ -168,6 +168,36 @@ def test_gradients_of_weights_after_the_kernel(kernels, name, monkeypatch) -> No
     check(kernels, program, inputs, "highest")
 
 
+def test_gradients_of_weights_by_parts_of_the_batch(kernels, monkeypatch) -> None:
+    program, inputs = FIELDS["state 7, tables, cond"]()
+    module = on_host()
+    whole = module.plan(program.network, 3, 1, program.stages, True, False).bytes
+    monkeypatch.setattr(module, "_limits", lambda device: (whole - 1, 2))
+    monkeypatch.setattr(module, "ROOM", 0)
+    monkeypatch.setattr(module, "MIN_ROWS", 16)
+    assert module._rows_at_once(program) < len(inputs.y0)
+    check(kernels, program, inputs, "highest")
+    single = cast(inputs, torch.float32)
+    some = solve(
+        kernels, program, single, rebuild(single, [i == 1 for i in range(len(flatten(single)))])
+    )
+    assert [x is not None for x in some[1:]].count(True) == 1
+
+
+def test_the_precision_is_found_however_it_was_chosen(kernels) -> None:
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip(f"torch {torch.__version__} has no fp32_precision")
+    network, _ = chain(2, (16,))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert on_host()._split() == 2
+        assert kernels.refuses(network, 1, 5, torch.float32) is None
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_a_plan_never_lays_two_values_that_are_in_use_over_each_other() -> None:
     module = on_host()
     lives = {0: (48, 0, 2), 1: (16, 3, 4), 2: (32, 1, 3), 3: (16, 4, 4), 4: (64, 3, 3)}
