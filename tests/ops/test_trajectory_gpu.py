@@ -150,8 +150,11 @@ def test_a_repeated_solve_does_not_wait_for_the_device(kernels) -> None:
 @pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer of the CUDA toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool) -> None:
+    # The name of torch's kernels as it is mangled; some of torch's calls fail by design.
     command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude"]
-    command += ["kernel_substring=at::", sys.executable, __file__]
+    command += ["kernel_substring=2at6native"]
+    command += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command += [sys.executable, __file__]
     folder = Path(__file__).parent
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=500)
     if "Failed to initialize" in run.stdout or "not supported" in run.stdout:
