@@ -123,8 +123,8 @@ def activate(z: Tensor, name: str, slope: float) -> Tensor:
     return {**plain, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[name](z)
 
 
-def evaluate(network: Network, inputs: Inputs, t: float, q: int, y: Tensor) -> Tensor:
-    """The velocity [batch, state] at y and t in stage q, in plain torch."""
+def evaluate(network: Network, inputs: Inputs, t: float | Tensor, q: int, y: Tensor) -> Tensor:
+    """The velocity [batch, state] at y and t (or t [batch, 1]) in stage q, in plain torch."""
     values = [y]
     for layer in network.layers:
         z: Any = 0

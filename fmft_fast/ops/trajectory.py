@@ -204,21 +204,21 @@ def run(program: Program, inputs: Inputs) -> Tensor:
     for n, h in enumerate(steps):
         k: list[Tensor] = []
         for i, row in enumerate(program.a):
-            x = _combine(y, k, h, row)
+            x = combine(y, k, h, row)
             k.append(evaluate(program.network, inputs, times[n][i], n * program.stages + i, x))
         if program.weights is not None:
             for j, (m, row) in enumerate(
                 zip(program.outputs, program.weights.tolist(), strict=True)
             ):
                 if m == n:
-                    found[j] = _combine(y, k, h, row)
-        y = _combine(y, k, h, program.b)
+                    found[j] = combine(y, k, h, row)
+        y = combine(y, k, h, program.b)
         if program.weights is None:
             found |= {j: y for j, m in enumerate(program.outputs) if m == n + 1}
     return torch.stack([found[j] for j in range(len(program.outputs))])
 
 
-def _combine(y: Any, k: list[Tensor], h: float, weights: Sequence[float]) -> Any:
+def combine(y: Any, k: list[Tensor], h: float | Tensor, weights: Sequence[float]) -> Any:
     """Add h sum_i weights[i] k[i] to y."""
     for w, slope in zip(weights, k, strict=True):
         if w:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from .fixed import stage_times
 from .methods import find_method
+from .per_sample import solve_per_sample
 from .solution import Gradient, Solution, SolveRequest, make_grid
 
 
@@ -63,6 +64,9 @@ def solve(
         checkpoint_every: keep every so many states only and compute the rest again in the backward
             pass (one more evaluation per stage), for very long solves; 0 keeps all.
         options: options of the adaptive step control or of an implicit method, as in `odeint`.
+            {"per_sample": True} gives every row [state] of x0 [*lead, state] its own adaptive
+            steps, in one call (CPU, a field that can be fused, save="final"); `Solution.stats` then
+            counts those of the row with the most, and has tensors with the counts of every row.
 
     Returns:
         A `Solution`.
@@ -83,6 +87,8 @@ def solve(
     """
     tableau = find_method(method).tableau
     explicit = tableau is not None and tableau.explicit
+    options = dict(options or {})
+    per_sample = options.pop("per_sample", False)
     request = SolveRequest(
         field=field,
         x0=x0,
@@ -100,8 +106,10 @@ def solve(
         params=params,
         table=time_table,
         checkpoint_every=checkpoint_every,
-        options=options or {},
+        options=options,
     )
+    if per_sample:
+        return solve_per_sample(request)
     if gradient == "continuous" or not explicit:
         return request.by_odeint()
     return request.by_steps()

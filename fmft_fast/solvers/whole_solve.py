@@ -103,8 +103,8 @@ class Route:
             y0: initial state.
             low_memory: keep stage inputs only, unless the activations are few.
         """
-        inputs = self._bind(y0, program.times)
-        wants_grad = _wants_grad(inputs)
+        inputs = self.bind(y0, program.times)
+        wants_grad = wants_gradient(inputs)
         keep = _what_to_keep(program, inputs, low_memory) if wants_grad else "nothing"
         with torch.no_grad():
             out, kept = self.kernels.forward(program, inputs, keep)
@@ -122,9 +122,9 @@ class Route:
             low_memory: keep stage inputs only.
             meet: end a step at every time; otherwise the states are interpolated.
         """
-        y0, tableau, control = problem.y0, problem.spec.tableau, _control(problem, meet)
-        inputs = self._bind(y0, None)
-        wants_grad = _wants_grad(inputs)
+        y0, tableau, control = problem.y0, problem.spec.tableau, step_control(problem, meet)
+        inputs = self.bind(y0, None)
+        wants_grad = wants_gradient(inputs)
         keep = ("inputs" if low_memory else "activations") if wants_grad else "nothing"
         with torch.no_grad():
             found = cast(AdaptiveKernels, self.kernels).adaptive(
@@ -137,7 +137,8 @@ class Route:
             out = self._attach(out, found.program, inputs, found.kept)
         return self.plan.restore(out, y0.shape[:-1]), found
 
-    def _bind(self, y0: Tensor, times: Tensor | None) -> Inputs:
+    def bind(self, y0: Tensor, times: Tensor | None) -> Inputs:
+        """The tensors of a solve; the times of all stages are only read for tables."""
         if self.plan.needs_tables:
             assert times is not None
             times = place(times.reshape(-1).to(y0.dtype), y0.device)
@@ -147,11 +148,7 @@ class Route:
 
     def _attach(self, out: Tensor, program: Program, inputs: Inputs, kept: Any) -> Tensor:
         """Give the outputs their place in the graph."""
-        solved = Solved(self.kernels, program, out, kept, inputs)
-        tensors = (x.clone() if x.is_inference() else x for x in flatten(inputs))
-        attached = SolvedInOneCall.apply(solved, *tensors)
-        assert isinstance(attached, Tensor)
-        return attached
+        return attach(Solved(self.kernels, program, out, kept, inputs), inputs)
 
 
 def find_route(
@@ -208,6 +205,22 @@ class Solved:
     kept: Any
     like: Inputs
 
+    def run(self, inputs: Inputs) -> Tensor:
+        """The outputs in plain torch, with a graph."""
+        return run(self.program, inputs)
+
+    def pull_back(self, inputs: Inputs, grad: Tensor, wanted: Inputs) -> Inputs:
+        """The gradients of the inputs from that of the outputs."""
+        return self.kernels.backward(self.program, inputs, self.kept, grad, wanted)
+
+
+def attach(solved: Solved, inputs: Inputs) -> Tensor:
+    """The outputs of a solve with their place in the graph."""
+    tensors = (x.clone() if x.is_inference() else x for x in flatten(inputs))
+    attached = SolvedInOneCall.apply(solved, *tensors)
+    assert isinstance(attached, Tensor)
+    return attached
+
 
 class SolvedInOneCall(torch.autograd.Function):
     """The outputs of a solve as a function of the tensors that went into it."""
@@ -231,7 +244,7 @@ class SolvedInOneCall(torch.autograd.Function):
         if torch.is_grad_enabled() or is_traced() or _is_batched(grad):
             return None, *_differentiate(solved, tensors, wants, grad)
         inputs, wanted = (rebuild(solved.like, list(x)) for x in (tensors, wants))
-        grads = solved.kernels.backward(solved.program, inputs, solved.kept, grad, wanted)
+        grads = solved.pull_back(inputs, grad, wanted)
         return None, *flatten(grads)
 
 
@@ -247,7 +260,7 @@ def _differentiate(
         if not again:
             for x in asked:
                 x.requires_grad_()
-        out = run(solved.program, rebuild(solved.like, views))
+        out = solved.run(rebuild(solved.like, views))
     found = iter(torch.autograd.grad(out, asked, grad, create_graph=again, allow_unused=True))
     return (next(found) if wanted else None for wanted in wants)
 
@@ -257,7 +270,8 @@ def _is_batched(grad: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad)  # type: ignore[attr-defined]
 
 
-def _wants_grad(inputs: Inputs) -> bool:
+def wants_gradient(inputs: Inputs) -> bool:
+    """Whether the solve needs a place in the graph."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in flatten(inputs))
 
 
@@ -371,7 +385,8 @@ def _integrate_adaptive(problem: Problem, route: Route, tableau: Tableau) -> Ten
     return out
 
 
-def _control(problem: Problem, meet: bool) -> Control:
+def step_control(problem: Problem, meet: bool) -> Control:
+    """The step control for kernels, see `Control`."""
     options = problem.options
     assert isinstance(problem.rtol, float) and isinstance(problem.atol, float)
     sizes = (options.safety, options.ifactor, options.dfactor, options.min_step, options.max_step)
