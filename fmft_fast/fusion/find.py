@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from ..ops.contract import is_traced
 from .effects import Watch, check_module
 from .guards import CONTAINERS, UNREAD, Guards, snapshot
+from .opened import Opened
 from .plan import BATCH_MATTERS, Plan, confirm, make_plan
 from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
 
@@ -122,6 +123,8 @@ def _identity(field: Any) -> tuple[Any, tuple, Any]:
     A function is known by its code and what it closes over, so that a lambda which is written
     anew for every solve is found again.
     """
+    if type(field) is Opened:
+        return _of_function(field.function)
     if type(field) is functools.partial:
         key, parts, rest = _identity(field.func)
         more: list[Any] = []
@@ -153,12 +156,13 @@ def _of_object(field: Any) -> tuple[Any, tuple, Any] | None:
     scope = getattr(field, "__dict__", None)
     if type(scope) is not dict or type(field) in (FunctionType, MethodType, functools.partial):
         return None
-    if scope.get("_parameters") or scope.get("_buffers"):
-        return None
     parts: list[Any] = []
-    inner = scope.get("_modules", {})
-    own = {name: value for name, value in scope.items() if name not in UNREAD}
-    own.pop("_modules", None)
+    inner, own = {}, scope
+    if isinstance(field, nn.Module):
+        if scope["_parameters"] or scope["_buffers"]:
+            return None
+        inner = scope["_modules"]
+        own = {name: v for name, v in scope.items() if name not in UNREAD and name != "_modules"}
     rest = [*inner, *own, _note((*inner.values(), *own.values()), parts)]
     return type(field), tuple(parts), rest
 
@@ -169,7 +173,7 @@ def _note(values: Sequence[Any], parts: list[Any]) -> list[Any]:
     for value in values:
         kind = type(value)
         if kind in _WHOLE:
-            rest.append(value)
+            rest.append((kind, value))
         elif kind in CONTAINERS:
             rest.append(snapshot(value))
         else:

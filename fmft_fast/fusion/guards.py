@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .effects import HOOKS
+from .opened import Opened
 from .refusal import TORCH, Refusal
 
 # Of a module's dictionary, what no evaluation reads.
@@ -195,6 +196,8 @@ class Guards:
 
         That these are the same is what makes a field the same one.
         """
+        if isinstance(field, Opened):
+            field = field.function
         self._roots = {id(field), *map(id, parts)}
         if isinstance(field, functools.partial):
             self.walk(field.args, "a partial argument")
@@ -262,8 +265,9 @@ class Guards:
         scope = value.__dict__
         bases = [base for base in type(value).__mro__ if base is not nn.Module]
         whole = self._all or any(b.__module__.startswith("torch.nn.modules") for b in bases)
+        unread = UNREAD if isinstance(value, nn.Module) else ()
         keys = [
-            k for k in scope if k in always or ((whole or k in self._names) and k not in UNREAD)
+            k for k in scope if k in always or ((whole or k in self._names) and k not in unread)
         ]
         self._scope(scope, keys, type(value).__name__)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fusion import NotFusable, Plan, find_plan
+from ..fusion import NotFusable, Plan, find_plan, open_condition
 from ..ops.backend import choose_trajectory
 from ..ops.capture import place
 from ..ops.contract import is_traced
@@ -171,7 +171,12 @@ def find_route(
     """
     if fusion_mode() == "off":
         return NotFusable('fusion is off: fused("off") or FMFT_FUSED=0')
-    plan = find_plan(field, y0, cond)
+    plan = None
+    if cond is None and (opened := open_condition(field, y0)) is not None:
+        plan = find_plan(opened[0], y0, opened[1])
+        cond = opened[1] if isinstance(plan, Plan) else None
+    if not isinstance(plan, Plan):
+        plan = find_plan(field, y0, cond)
     if isinstance(plan, NotFusable):
         return plan
     rows = y0.numel() // plan.network.state
