@@ -41,6 +41,7 @@ BUDGET = 460.0  # seconds in all
 TEST_LIMIT, SANITIZER_LIMIT, PEER_LIMIT = 180.0, 45.0, 60.0
 SANITIZED = ROOT / "tests/ops/test_trajectory_gpu.py"
 TIMED = ("p1", "small", "wide", "policy")
+WIDE = ("wide", "policy")
 # What matters most comes first: the rest goes without if time runs out.
 ORDER = (
     *("fmft_fast.solve", "fmft_fast.odeint", "torchdiffeq.odeint", "CUDA-graphed loop"),
@@ -107,6 +108,8 @@ def main() -> int:
         if on_gpu:
             suite.write(options.output.with_name("cuda-suite.json"))
         stage("suite", asdict(suite))
+        if on_gpu:
+            stage("suite_by_steps", by_steps(options.seconds, suite_clock))
         stage("clocks_after", machine.clocks())
     for tool in TOOLS if on_gpu else ():
         good = stage(tool, sanitize(tool, clock)) and good
@@ -150,8 +153,25 @@ def time_suite(
     return Report(merged.machine, settings, merged.rates, [*merged.rows, *missing])
 
 
+def by_steps(seconds: float, clock: Clock) -> list[Any]:
+    """Times of wide fields by recorded steps, which compete with solves layer by layer."""
+    limit = clock.limit(PEER_LIMIT)
+    off = {"FMFT_FUSED": "0"}
+    part = time_peer("fmft_fast.solve", WIDE, seconds, "cuda", limit, off) if limit > 5 else None
+    rows = part.rows if part else []
+    for row in rows:
+        shown = row.reason or f"{1e3 * (row.ms or 0):.1f} us"
+        print(f"{row.case:8}{row.operation:10}{'fmft_fast.solve, not fused':38}{shown}", flush=True)
+    return [asdict(row) for row in rows]
+
+
 def time_peer(
-    peer: str, cases: Sequence[str], seconds: float, device: str, limit: float
+    peer: str,
+    cases: Sequence[str],
+    seconds: float,
+    device: str,
+    limit: float,
+    env: dict[str, str] | None = None,
 ) -> Report | None:
     """What a peer's process has written when it ended or was stopped."""
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +181,7 @@ def time_peer(
             *("--seconds", str(seconds), "--output", str(path), "--no-pictures"),
             *(word for case in cases for word in ("--case", case)),
         ]
-        found = run_limited(command, limit)
+        found = run_limited(command, limit, env)
         if found["status"] not in (0, 124):
             print(found["output"][-2000:])
         return results.read(path) if path.exists() else None

@@ -163,8 +163,10 @@ class CudaRecorder:
         generators go on as if the capture did, too; a capture that ends well ends theirs.
         """
         torch.cuda.set_stream(before)
-        with suppress(RuntimeError):
-            end: Any = torch._C._cuda_endAllocateToPool  # pyright: ignore
+        inside: Any = torch._C
+        before_2_8 = "_cuda_endAllocateCurrentStreamToPool"
+        with suppress(RuntimeError, AttributeError):
+            end = getattr(inside, "_cuda_endAllocateToPool", None) or getattr(inside, before_2_8)
             end(torch.cuda.current_device(), pool)
         with suppress(RuntimeError):
             torch.cuda.synchronize()
