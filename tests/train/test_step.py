@@ -14,7 +14,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from train import tiny_run
 
+from fmft_fast import fused
 from fmft_fast.errors import CaptureWarning, ConfigError, NonFiniteError
+from fmft_fast.fields import MLP
 from fmft_fast.flow.couplings import Independent, OTFixed, OTMinibatch
 from fmft_fast.solvers.recorder import CaptureError, graphs_allowed
 from fmft_fast.train import FinetuneConfig, FitConfig, MLEFineTuner, PairBatches, fit
@@ -339,6 +341,17 @@ def test_on_a_gpu_recorded_runs_are_like_usual_ones(coupling):
         warnings.simplefilter("error", CaptureWarning)
         recorded = make(coupling=coupling, device="cuda", steps=40, cuda_graph=True).run()
     usual = make(coupling=coupling, device="cuda", steps=40, cuda_graph=False).run()
+    for a, b in zip(weights(recorded), weights(usual), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_with_solves_in_one_call_are_recorded():
+    field = MLP(2, (16, 16))
+    with warnings.catch_warnings(), fused("require"):
+        warnings.simplefilter("error", CaptureWarning)
+        recorded = make(copy.deepcopy(field), device="cuda", steps=40, cuda_graph=True).run()
+    usual = make(copy.deepcopy(field), device="cuda", steps=40, cuda_graph=False).run()
     for a, b in zip(weights(recorded), weights(usual), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
