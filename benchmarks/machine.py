@@ -91,7 +91,10 @@ def clocks() -> str:
 def commit() -> str:
     """The commit of the checkout, marked if files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # a copy of the files on a machine without git
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 
