@@ -159,8 +159,8 @@ def _of_object(field: Any) -> tuple[Any, tuple, Any] | None:
     parts: list[Any] = []
     inner, own = {}, scope
     if isinstance(field, nn.Module):
-        if scope["_parameters"] or scope["_buffers"]:
-            return None
+        if "_modules" not in scope or scope["_parameters"] or scope["_buffers"]:
+            return None  # compiled by TorchScript, or with tensors of its own
         inner = scope["_modules"]
         own = {name: v for name, v in scope.items() if name not in UNREAD and name != "_modules"}
     rest = [*inner, *own, _note((*inner.values(), *own.values()), parts)]

@@ -77,10 +77,12 @@ def choose_trajectory(
     Raises:
         InputError, MissingBackendError: as `choose_kernels`.
     """
-    kernels = choose_kernels(state, backend)  # checks the name
     if backend == "reference":
         return "the backend reference takes single steps in plain torch"
-    names = ORDER.get(state.device.type, ()) if backend == "auto" else (kernels.name,)
+    if backend == "auto":
+        names = ORDER.get(state.device.type, ())
+    else:
+        names = (choose_kernels(state, backend).name,)
     reasons = []
     for name in (*names, LAYERED):
         if name != LAYERED and not _status(name).available:

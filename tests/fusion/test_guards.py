@@ -375,6 +375,18 @@ def with_net(net, t, x, gain):
     return net(x) * gain
 
 
+def test_names_that_modules_use_mean_nothing_elsewhere():
+    holder, y = Holder(NET, 1.0), torch.randn(4, D)
+    holder._parameters, holder._modules = torch.ones(D), [1.0]
+    settings = types.SimpleNamespace(_buffers=1.0)
+    field = lambda t, x: holder(t, x) * settings._buffers  # noqa: E731
+    assert isinstance(find_plan(holder, y), Plan)
+    plan = find_plan(field, y)
+    assert isinstance(plan, Plan)
+    settings._buffers = 2.0
+    assert find_plan(field, y) is not plan
+
+
 @pytest.mark.parametrize("wrap", [Around, Holder, around])
 def test_a_wrapper_made_anew_is_found_again(wrap):
     net, y = nn.Linear(D, D), torch.randn(4, D)
