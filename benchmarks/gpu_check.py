@@ -38,7 +38,7 @@ from .run import selection
 
 RESULTS = results.FOLDER / "gpu_check.json"
 BUDGET = 460.0  # seconds in all
-TEST_LIMIT, SANITIZER_LIMIT, PEER_LIMIT = 180.0, 45.0, 60.0
+TEST_LIMIT, SANITIZER_LIMIT, PEER_LIMIT = 180.0, 60.0, 60.0
 SANITIZED = ROOT / "tests/ops/test_trajectory_gpu.py"
 TIMED = ("p1", "small", "wide", "policy")
 WIDE = ("wide", "policy")
@@ -49,6 +49,7 @@ ORDER = (
 )
 SIZES = (256 * 2, 4096 * 32, 1 << 20, 1 << 24)
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
+SHOWN, KEPT = 2500, 100_000  # characters of a command's output
 STAGES = 7
 ROWS = 8  # of the dense output
 
@@ -102,17 +103,20 @@ def main() -> int:
         if on_gpu:
             stage("step_ops", step_ops(clock))
         suite_clock = Clock(clock.limit(options.budget) - on_gpu * len(TOOLS) * SANITIZER_LIMIT)
+        if on_gpu:
+            stage("suite_by_steps", by_steps(options.seconds, suite_clock))
         suite = time_suite(
             options.case or TIMED, options.peer, options.seconds, options.device, suite_clock
         )
         if on_gpu:
             suite.write(options.output.with_name("cuda-suite.json"))
         stage("suite", asdict(suite))
-        if on_gpu:
-            stage("suite_by_steps", by_steps(options.seconds, suite_clock))
         stage("clocks_after", machine.clocks())
     for tool in TOOLS if on_gpu else ():
         good = stage(tool, sanitize(tool, clock)) and good
+    for name, found in report.items():
+        if isinstance(found, dict) and "summary" in found:
+            print(f"{name:12}status {found['status']}: {found['summary'][:200]}")
     print(f"wrote {options.output}")
     return int(not good)
 
@@ -145,7 +149,8 @@ def time_suite(
         for key in keys:
             row = done.get(key)
             shown = reason if row is None else row.reason or f"{1e3 * (row.ms or 0):.1f} us"
-            print(f"{key[0]:8}{key[1]:10}{peer:38}{shown}", flush=True)
+            if limit > 5:
+                print(f"{key[0]:8}{key[1]:10}{peer:38}{shown}", flush=True)
     if not parts:
         return Report(machine.describe(device), {}, {}, missing)
     merged = results.merge(parts)
@@ -217,8 +222,7 @@ def build(clock: Clock) -> dict[str, Any]:
     ]
     arch = {"FMFT_CUDA": "1", "FMFT_CUDA_ARCHS": f"{major}{minor}"}
     found = run_limited(command, clock.limit(BUDGET), arch)
-    print(found["output"][-6000:])
-    return {"status": found["status"], "seconds": found["seconds"]}
+    return closing_line(found)
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -266,11 +270,15 @@ def sanitize(tool: str, clock: Clock) -> dict[str, Any]:
 
 
 def closing_line(found: dict[str, Any]) -> dict[str, Any]:
-    """Show the end of a command's output and keep its last line."""
-    print(found["output"][-6000:])
+    """Show the end of a command's output and keep its last line, and more of it if it failed."""
+    print(found["output"][-SHOWN:])
     lines = found["output"].strip().splitlines()
-    summary = lines[-1] if lines else "it printed nothing"
-    return {"status": found["status"], "summary": summary, "seconds": found["seconds"]}
+    kept = {
+        "status": found["status"],
+        "summary": lines[-1] if lines else "it printed nothing",
+        "seconds": found["seconds"],
+    }
+    return kept | ({"output": found["output"][-KEPT:]} if found["status"] else {})
 
 
 def step_ops(clock: Clock) -> list[dict[str, Any]]:
