@@ -138,18 +138,27 @@ inline cpu::Gradients make_gradients(Address y0, const Addresses& parameters,
           pointers<void>(conds), std::move(sizes),           std::move(leading)};
 }
 
-// Of every row (outcome, accepted steps, rejected steps, last error ratio).
-inline std::vector<std::tuple<int, int64_t, int64_t, double>> row_counts(const cpu::PerSample& kept) {
-  std::vector<std::tuple<int, int64_t, int64_t, double>> found;
-  found.reserve(kept.rows.size());
-  for (const cpu::RowSolve& row : kept.rows)
-    found.emplace_back(static_cast<int>(row.outcome), row.h.size(), row.rejected, row.last_ratio);
-  return found;
+// Writes the numbers of accepted and rejected steps [2, rows]; the first row that failed, or -1.
+inline int64_t row_counts(const cpu::PerSample& kept, Address counts) {
+  int64_t* accepted = pointer<int64_t>(counts);
+  const int64_t rows = static_cast<int64_t>(kept.rows.size());
+  int64_t failed = -1;
+  for (int64_t i = 0; i < rows; ++i) {
+    const cpu::RowSolve& row = kept.rows[i];
+    accepted[i] = static_cast<int64_t>(row.h.size());
+    accepted[rows + i] = row.rejected;
+    if (failed < 0 && row.outcome != cpu::Outcome::done) failed = i;
+  }
+  return failed;
 }
 
 inline void bind_per_sample(py::module_& module) {
   py::class_<cpu::PerSample>(module, "PerSample")
       .def("counts", &row_counts)
+      .def("ended", [](const cpu::PerSample& kept, size_t row) {
+        return py::make_tuple(static_cast<int>(kept.rows.at(row).outcome),
+                              kept.rows.at(row).last_ratio);
+      })
       .def("steps", [](const cpu::PerSample& kept, size_t row) {
         return py::make_tuple(kept.rows.at(row).starts, kept.rows.at(row).h);
       });

@@ -123,20 +123,18 @@ class PerSampleSolve(NamedTuple):
     """An adaptive solve in which every row of the batch has its own steps.
 
     Attributes:
-        outcomes: [batch] how the rows ended, see `AdaptiveSolve`.
+        failed: the first row that did not reach the end, or None.
         y: [batch, state] final states; of a row that ended early, the last state.
         accepted: [batch] numbers of accepted steps.
         rejected: [batch] numbers of rejected steps.
-        ratios: [batch] error ratios of the last attempts.
         evaluations: [batch] numbers of evaluations of the field.
         kept: what the backward pass wants, and the steps.
     """
 
-    outcomes: list[str]
+    failed: int | None
     y: Tensor
     accepted: Tensor
     rejected: Tensor
-    ratios: Tensor
     evaluations: Tensor
     kept: Any
 

@@ -46,6 +46,11 @@ class KeptRows(NamedTuple):
         """The ends [N + 1] of the accepted steps of a row, and their signed sizes [N]."""
         return self.rows.steps(row)
 
+    def ended(self, row: int) -> tuple[str, float]:
+        """How a row ended (see `AdaptiveSolve`), and the error ratio of its last attempt."""
+        outcome, ratio = self.rows.ended(row)
+        return OUTCOMES[outcome], ratio
+
 
 class CpuTrajectoryKernels:
     """See `fmft_fast.ops.trajectory.TrajectoryKernels`."""
@@ -177,15 +182,15 @@ class CpuTrajectoryKernels:
             KEEP_CODES[keep],
             y.data_ptr(),
         )
-        counts = torch.tensor(rows.counts(), dtype=torch.float64).view(-1, 4)
-        outcomes, accepted, rejected = counts[:, :3].long().unbind(1)
+        counts = torch.empty((2, len(y)), dtype=torch.int64)
+        failed = rows.counts(counts.data_ptr())
+        accepted, rejected = counts.unbind()
         first = 2 if control.first_step is None else 1
         return PerSampleSolve(
-            [OUTCOMES[x] for x in outcomes.tolist()],
+            None if failed < 0 else failed,
             y,
             accepted,
             rejected,
-            counts[:, 3],
             first + (len(tableau.b) - 1) * (accepted + rejected),
             KeptRows(solve, alive, rows),
         )

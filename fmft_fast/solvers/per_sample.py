@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -123,9 +124,8 @@ def _run(route: Route, problem: Problem) -> tuple[Tensor, PerSampleSolve]:
             *problem.t.tolist(),
             "inputs" if with_graph else "nothing",
         )
-    bad = next((r for r, outcome in enumerate(found.outcomes) if outcome != "done"), None)
-    if bad is not None:
-        _raise(problem, found, bad, inputs)
+    if found.failed is not None:
+        _raise(problem, found, found.failed)
     y = found.y
     if with_graph:
         method, none = tableau.advancing, torch.empty(0, dtype=torch.float64)
@@ -161,10 +161,9 @@ def _refuse(reason: str) -> NoReturn:
     )
 
 
-def _raise(problem: Problem, found: PerSampleSolve, row: int, inputs: Inputs) -> NoReturn:
+def _raise(problem: Problem, found: PerSampleSolve, row: int) -> NoReturn:
     """Say why a row did not reach the end."""
-    outcome, y, y0 = found.outcomes[row], found.y[row], inputs.y0
-    assert y0 is not None and not isinstance(problem.rtol, Tensor)
+    (outcome, ratio), y = found.kept.ended(row), found.y[row]
     t = found.kept.steps(row)[0][-1]
     at = f"in row {row} at t = {t}, step {int(found.accepted[row])}"
     if outcome == "too many steps":
@@ -172,9 +171,9 @@ def _raise(problem: Problem, found: PerSampleSolve, row: int, inputs: Inputs) ->
             f"max_num_steps exceeded ({problem.options.max_num_steps}) {at}: loosen rtol and atol "
             "or raise max_num_steps"
         )
-    if outcome == "underflow" and torch.isfinite(found.ratios[row]):
+    if outcome == "underflow" and math.isfinite(ratio):
         raise StepUnderflowError(
-            f"underflow in dt {at}, last error ratio {float(found.ratios[row]):.3g}: loosen rtol "
+            f"underflow in dt {at}, last error ratio {ratio:.3g}: loosen rtol "
             "and atol, integrate in float64, or bound the steps with min_step"
         )
     if outcome == "underflow":
