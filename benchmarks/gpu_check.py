@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -85,6 +86,8 @@ def main() -> int:
     if options.only_step_ops:
         print(json.dumps(time_ops()))
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what ran is seen also if it is stopped
     report: dict[str, Any] = {}
     options.output.parent.mkdir(parents=True, exist_ok=True)
 
