@@ -154,7 +154,7 @@ def _of_function(f: FunctionType) -> tuple[Any, tuple, Any]:
 def _of_object(field: Any) -> tuple[Any, tuple, Any] | None:
     """As `_identity`, of an object that may be made anew for every solve around what stays."""
     scope = getattr(field, "__dict__", None)
-    if type(scope) is not dict or type(field) in (FunctionType, MethodType, functools.partial):
+    if type(scope) is not dict or type(field) in _NAMED:
         return None
     parts: list[Any] = []
     inner, own = {}, scope
@@ -184,6 +184,7 @@ def _note(values: Sequence[Any], parts: list[Any]) -> list[Any]:
 
 
 _WHOLE = {int, float, str, bool, type(None)}
+_NAMED = {FunctionType, MethodType, functools.partial, Opened}  # found again by `_identity`
 
 
 def _find(

@@ -90,10 +90,11 @@ def convert(value: Any, change: Callable[[Any], Any]) -> Any:
 # Read off the tensor without data; nothing is recorded.
 _QUESTIONS = set(
     "shape dtype ndim layout is_sparse is_quantized is_nested is_mkldnn is_meta itemsize nbytes "
-    "size dim ndimension numel nelement stride element_size __len__ is_floating_point is_complex "
-    "is_contiguous is_signed result_type".split()
+    "size dim ndimension numel nelement element_size __len__ is_floating_point is_complex "
+    "is_signed result_type".split()
 )
-_SIZES = set("shape size __len__ numel nelement stride nbytes".split())
+_SIZES = set("shape size __len__ numel nelement nbytes".split())
+_LAYOUT = {"stride", "is_contiguous", "storage_offset", "data_ptr", "is_non_overlapping_and_dense"}
 _DEVICES = {"device", "is_cuda", "is_cpu", "get_device"}
 # What a trace without values cannot answer.
 _VALUES = set(
@@ -230,6 +231,8 @@ class Recorder(TorchFunctionMode):
                 f"the field reads the value of a tensor ({name}), on which its result may depend",
                 "keep it a tensor: no .item(), float(), bool() or `if` on values",
             )
+        if name in _LAYOUT:
+            raise self._refuse(f"the field asks how a tensor lies in memory ({name})")
         if name in _GRADS:
             raise self._refuse(
                 f"the field handles gradients itself ({name})", "leave gradients to the solver"

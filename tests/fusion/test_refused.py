@@ -113,6 +113,10 @@ def own_gradient(self, t, x):
     return torch.autograd.grad(self.net(x).sum(), x)[0]
 
 
+def layout(self, t, x):
+    return self.net(x) if x.is_contiguous() else x
+
+
 def tuple_result(self, t, x):
     return (self.net(x),)
 
@@ -136,6 +140,7 @@ LINES = {
     other_dtype: ("dtype", ".double()"),
     compare: ("gt|where", "torch.where"),
     own_gradient: ("gradients itself", "x.requires_grad_(True)"),
+    layout: ("lies in memory", "x.is_contiguous()"),
     tuple_result: ("returns a tuple", None),
 }
 
