@@ -137,7 +137,7 @@ class Plan:
             time = "not at all"
         return "\n".join(
             [
-                f"fused: state of width {self.network.state}, {len(rows) - 1} layers",
+                f"state of width {self.network.state}, {len(rows) - 1} layers",
                 *table,
                 f"  {parameters}; time enters {time}; {self.flops} FLOPs per sample and evaluation",
             ]
