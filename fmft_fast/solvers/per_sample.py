@@ -67,6 +67,8 @@ class SolvedPerSample(Solved):
 def solve_per_sample(request: SolveRequest) -> Solution:
     """Solve with step sizes, error norms and decisions of every row's own.
 
+    The times of the solution are t0 and t1 alone, since the rows' steps end at different times.
+
     Raises:
         InputError: what the option does not go with.
         MaxStepsError, NonFiniteError, StepUnderflowError: the first row that did not reach the end.
