@@ -94,7 +94,8 @@ class Problem:
     Attributes:
         case: what it was made from.
         field: field(t, x) or, with a condition, field(t, x, cond).
-        velocity: field(t, x), the condition bound.
+        velocity: field(t, x), the condition bound in a module.
+        function: the same bound in a lambda.
         x0: initial states [batch, *shape].
         cond: condition [batch, cond], or None.
         parameters: what gradients are taken of.
@@ -112,7 +113,10 @@ class Problem:
         self.field = field.to(device, dtype)
         self.x0 = x0.to(device, dtype)
         self.cond = None if cond is None else cond.to(device, dtype)
-        self.velocity = self.field if self.cond is None else Bound(self.field, self.cond)
+        self.velocity = self.function = self.field
+        if self.cond is not None:
+            inner, bound = self.field, self.cond
+            self.velocity, self.function = Bound(inner, bound), lambda t, x: inner(t, x, bound)
         self.parameters = list(self.field.parameters())
 
     @property

@@ -186,7 +186,8 @@ def _drop_in(package: str, function: str) -> Callable[[Problem, Operation], Call
             # The adjoint is for solves that keep nothing between the ends.
             options["options"] = {"step_size": 1 / case.steps}
             t = t[[0, -1]]
-        field = problem.velocity
+        # A module, in which the adjoint looks for parameters; otherwise a function will do.
+        field = problem.velocity if function == "odeint_adjoint" else problem.function
         return torch_operation(problem, operation, lambda x0: solve(field, x0, t, **options)[-1])
 
     return prepare
