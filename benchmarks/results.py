@@ -26,7 +26,7 @@ class Row:
         value_error, gradient_error, update_error: relative, against float64.
         ms, ms_20, ms_80, runs: median and quantiles in ms, and number of samples.
         cores: CPU time over wall time.
-        peak_bytes: memory above what was there before, as torch allocates it; None for JAX.
+        peak_bytes: memory above what was there before; None for JAX.
         evaluations: of the field in the operation, as counted or as the solve reports them.
         gflops: useful GFLOP/s.
         gemm_share: useful FLOP/s over the machine's best rate of torch.mm.

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "../cpu/step.h"
+#include "../cpu/threads.h"
 #include "step_call.h"
 #include "trajectory_call.h"
 
@@ -52,6 +53,11 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("dense_eval", &dense_eval);
   bind_trajectories(module);
   bind_per_sample(module);
+  module.def("memory_use", [] {
+    const cpu::MemoryUse use = cpu::memory_use();
+    return py::make_tuple(use.live, use.scratch, use.peak);
+  });
+  module.def("reset_memory_peak", &cpu::reset_memory_peak);
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("instruction_set", &cpu::instruction_set);
   module.def("use_instruction_set", &cpu::use_instruction_set);

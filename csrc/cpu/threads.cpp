@@ -99,6 +99,8 @@ struct Free {
   size_t total = 0;
 };
 
+std::atomic<size_t> live_bytes{0}, scratch_bytes{0}, peak_bytes{0};
+
 Free& free_memory() {
   static Free* memory = new Free;  // outlives all that gives memory back
   return *memory;
@@ -113,6 +115,12 @@ void in_threads(int parts, const std::function<void(int)>& run) {
 
 Memory::Memory(size_t bytes) {
   Free& free = free_memory();
+  const auto count = [&] {
+    const size_t live = live_bytes += bytes_;
+    size_t peak = peak_bytes;
+    while (live > peak && !peak_bytes.compare_exchange_weak(peak, live)) {
+    }
+  };
   {
     std::lock_guard<std::mutex> lock(free.mutex);
     for (Block& block : free.blocks)
@@ -122,12 +130,14 @@ Memory::Memory(size_t bytes) {
         free.total -= bytes_;
         block = free.blocks.back();
         free.blocks.pop_back();
+        count();
         return;
       }
   }
   const size_t alignment = bytes >= 2 * kHuge ? kHuge : 64;
   bytes_ = (bytes + alignment) / alignment * alignment;
   if (posix_memalign(&data_, alignment, bytes_)) throw std::bad_alloc();
+  count();
 #ifdef MADV_HUGEPAGE
   if (alignment == kHuge) madvise(data_, bytes_, MADV_HUGEPAGE);
 #endif
@@ -135,6 +145,7 @@ Memory::Memory(size_t bytes) {
 
 Memory::~Memory() {
   if (!data_) return;
+  live_bytes -= bytes_;
   Free& free = free_memory();
   {
     std::lock_guard<std::mutex> lock(free.mutex);
@@ -150,10 +161,16 @@ Memory::~Memory() {
 void* scratch_memory(size_t bytes) {
   thread_local Memory memory;
   if (memory.bytes() < bytes) {
+    scratch_bytes -= memory.bytes();
     memory = Memory();
     memory = Memory(bytes);
+    scratch_bytes += memory.bytes();
   }
   return memory.data();
 }
+
+MemoryUse memory_use() { return {live_bytes, scratch_bytes, peak_bytes}; }
+
+void reset_memory_peak() { peak_bytes = live_bytes.load(); }
 
 }  // namespace fmft::cpu

@@ -32,4 +32,11 @@ class Memory {
 // Scratch memory of this thread, of at least so many bytes.
 void* scratch_memory(size_t bytes);
 
+// Bytes in use, the part of them that is scratch, and the most in use since the last reset.
+struct MemoryUse {
+  size_t live, scratch, peak;
+};
+MemoryUse memory_use();
+void reset_memory_peak();
+
 }  // namespace fmft::cpu

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import peak_bytes
-from fmft_fast import solve
+from fmft_fast import fused, solve
 
 pytestmark = pytest.mark.usefixtures("step_by_step")
 
@@ -59,3 +59,13 @@ def test_checkpoints_keep_a_fraction_of_the_states() -> None:
     all_kept = training_step(100, method="rk4")
     few_kept = training_step(100, method="rk4", checkpoint_every=10)
     assert few_kept < all_kept - 0.7 * 100 * 4 * STATE
+
+
+def test_whole_solves_keep_the_states_and_not_the_activations() -> None:
+    def peak(steps: int, gradient: str) -> int:
+        with fused("require"):
+            return training_step(steps, gradient=gradient)
+
+    steps = 64 - 16
+    assert 0.9 * steps * STATE < peak(64, "discrete") - peak(16, "discrete") < 2 * steps * STATE
+    assert peak(64, "backprop") - peak(16, "backprop") > steps * ACTIVATION
