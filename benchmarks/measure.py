@@ -130,7 +130,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)
-    return peak + _cpu.memory_use()[2] - (live - scratch)
+    ours = _cpu.memory_use()[2] - live
+    return peak + (ours + scratch if ours else 0)
 
 
 @contextmanager
