@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import peak_bytes
-from fmft_fast import fused, solve
+from fmft_fast import solve
 
 pytestmark = pytest.mark.usefixtures("step_by_step")
 
@@ -68,7 +68,8 @@ def test_checkpoints_keep_a_fraction_of_the_states() -> None:
 
 FRESH = """
 import torch
-from solvers.test_memory import fused, training_step
+from fmft_fast import fused
+from solvers.test_memory import training_step
 torch.set_num_threads(1)
 with fused("require"):
     print(*(training_step(n, gradient=g) for g in ("discrete", "backprop") for n in (16, 64)))
