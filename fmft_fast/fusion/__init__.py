@@ -1,8 +1,8 @@
 """Find out whether a velocity field is a network that whole-trajectory kernels can evaluate."""
 
-from .find import explain, find_plan
+from .find import find_plan
 from .opened import open_condition
 from .plan import Plan
 from .refusal import NotFusable
 
-__all__ = ["NotFusable", "Plan", "explain", "find_plan", "open_condition"]
+__all__ = ["NotFusable", "Plan", "find_plan", "open_condition"]

@@ -75,11 +75,6 @@ def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan |
     return _find(field, y0, cond, key, parts, rest, about)
 
 
-def explain(field: Callable, x0: Tensor, cond: Tensor | None = None) -> str:
-    """How a field would be fused, or why not, in words."""
-    return str(find_plan(field, x0, cond))
-
-
 def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:
     """What rules fusion out whatever the field is."""
     if is_traced() or (torch._C._len_torch_function_stack() and not _harmless_modes()):

@@ -22,8 +22,6 @@ KEEP_CODES = {"nothing": 0, "inputs": 1, "activations": 2}
 TYPE_CODES = {torch.float32: 0, torch.float64: 1}
 MAX_STAGES = 16
 MAX_LAYERS = 63
-
-
 OUTCOMES = ("done", "too many steps", "underflow", "not finite")
 
 
@@ -86,16 +84,7 @@ class CpuTrajectoryKernels:
         t: list[float],
         keep: Keep,
     ) -> AdaptiveSolve:
-        """Solve with the step control of `odeint`, which accepts the same steps up to rounding.
-
-        Args:
-            network: the field, without tables.
-            tableau: a method whose last stage is the first of the next step ("FSAL").
-            control: tolerances and bounds of the step control.
-            inputs: the tensors.
-            t: [T] two or more times, in one direction.
-            keep: see `forward`.
-        """
+        """See `AdaptiveKernels`."""
         tensors = _laid_out(inputs)
         y0 = tensors.y0
         assert y0 is not None

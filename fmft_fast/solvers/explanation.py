@@ -37,8 +37,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.fused:
-            plan = str(self.plan).removeprefix("fused: ")
-            return f"fused: one call of the {self.backend} kernels each way; {plan}"
+            return f"fused: one call of the {self.backend} kernels each way; {self.plan}"
         lines = [f"step by step, by the step ops of backend {self.backend}"]
         notes = {"why": self.reason, "where": self.where, "to fuse it": self.remedy}
         return "\n".join(lines + [f"{name}: {note}" for name, note in notes.items() if note])

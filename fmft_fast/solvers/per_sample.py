@@ -13,10 +13,11 @@ from torch import Tensor
 from ..errors import InputError, MaxStepsError, NonFiniteError, StepUnderflowError
 from ..ops.network import Inputs, evaluate
 from ..ops.trajectory import PerSampleSolve, Program, combine
+from .attached import Solved, attach, wants_gradient
 from .inputs import Problem, normalise
 from .solution import Solution, SolveRequest, make_grid
 from .stats import SolveStats, report
-from .whole_solve import Route, Solved, attach, find_route, obstacle, step_control, wants_gradient
+from .whole_solve import Route, find_route, obstacle, step_control
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from ..errors import InputError
 from ..fusion import NotFusable, Plan, find_plan, open_condition
 from ..ops.backend import choose_trajectory
 from ..ops.capture import place
-from ..ops.contract import is_traced
 from ..ops.network import Inputs, Network
 from ..ops.trajectory import (
     AdaptiveKernels,
@@ -31,10 +30,8 @@ from ..ops.trajectory import (
     Keep,
     Program,
     TrajectoryKernels,
-    flatten,
-    rebuild,
-    run,
 )
+from .attached import Solved, attach, wants_gradient
 from .fixed import Grid, make_grid, stage_times
 from .inputs import Problem, real_dtype
 from .stats import SolveStats, report
@@ -198,86 +195,6 @@ def route_or_none(found: Route | NotFusable) -> Route | None:
         why = str(found).removeprefix("not fused: ")
         raise InputError(f'fused("require") was asked for, but the solve cannot be fused: {why}')
     return None
-
-
-@dataclass
-class Solved:
-    """A solve that was done, and what its backward pass needs besides the tensors."""
-
-    kernels: TrajectoryKernels
-    program: Program
-    out: Tensor
-    kept: Any
-    like: Inputs
-
-    def run(self, inputs: Inputs) -> Tensor:
-        """The outputs in plain torch, with a graph."""
-        return run(self.program, inputs)
-
-    def pull_back(self, inputs: Inputs, grad: Tensor, wanted: Inputs) -> Inputs:
-        """The gradients of the inputs from that of the outputs."""
-        return self.kernels.backward(self.program, inputs, self.kept, grad, wanted)
-
-
-def attach(solved: Solved, inputs: Inputs) -> Tensor:
-    """The outputs of a solve with their place in the graph."""
-    tensors = (x.clone() if x.is_inference() else x for x in flatten(inputs))
-    attached = SolvedInOneCall.apply(solved, *tensors)
-    assert isinstance(attached, Tensor)
-    return attached
-
-
-class SolvedInOneCall(torch.autograd.Function):
-    """The outputs of a solve as a function of the tensors that went into it."""
-
-    @staticmethod
-    def forward(ctx, solved, *tensors):
-        """Hand out what was computed before."""
-        out, solved.out = solved.out, None
-        like = solved.like
-        # The structure alone: the tensors are kept by torch, which sees changes in place.
-        lists = ([None] * len(x) for x in (like.parameters, like.tables, like.conds))
-        solved.like = Inputs(None, *lists)
-        ctx.solved = solved
-        ctx.save_for_backward(*tensors)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Run the discrete adjoint, or differentiate plain torch where kernels cannot follow."""
-        solved, tensors, wants = ctx.solved, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or is_traced() or _is_batched(grad):
-            return None, *_differentiate(solved, tensors, wants, grad)
-        inputs, wanted = (rebuild(solved.like, list(x)) for x in (tensors, wants))
-        grads = solved.pull_back(inputs, grad, wanted)
-        return None, *flatten(grads)
-
-
-def _differentiate(
-    solved: Solved, tensors: Sequence[Tensor], wants: Sequence[bool], grad: Tensor
-) -> Iterator[Tensor | None]:
-    """The gradients by torch: for create_graph=True, and for many gradients at once (vmap)."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, since one tensor may have been computed from another one.
-        views = [x.view_as(x) if again else x.detach() for x in tensors]
-        asked = [x for x, wanted in zip(views, wants, strict=True) if wanted]
-        if not again:
-            for x in asked:
-                x.requires_grad_()
-        out = solved.run(rebuild(solved.like, views))
-    found = iter(torch.autograd.grad(out, asked, grad, create_graph=again, allow_unused=True))
-    return (next(found) if wanted else None for wanted in wants)
-
-
-def _is_batched(grad: Tensor) -> bool:
-    """Whether autograd was called with is_grads_batched=True."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)  # type: ignore[attr-defined]
-
-
-def wants_gradient(inputs: Inputs) -> bool:
-    """Whether the solve needs a place in the graph."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in flatten(inputs))
 
 
 def _what_to_keep(program: Program, inputs: Inputs, low_memory: bool) -> Keep:

@@ -16,6 +16,7 @@ from kernel_sets import ROOT, with_binding
 from networks import chain, make_inputs, make_program, viscosity
 
 from fmft_fast.errors import InputError
+from fmft_fast.ops.cuda_plan import _place
 from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term
 from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
 
@@ -199,9 +200,8 @@ def test_the_precision_is_found_however_it_was_chosen(kernels) -> None:
 
 
 def test_a_plan_never_lays_two_values_that_are_in_use_over_each_other() -> None:
-    module = on_host()
     lives = {0: (48, 0, 2), 1: (16, 3, 4), 2: (32, 1, 3), 3: (16, 4, 4), 4: (64, 3, 3)}
-    places, total = module._place(lives, 16)
+    places, total = _place(lives, 16)
     for i, (size, first, end) in lives.items():
         assert 16 <= places[i] <= total - size
         for j, (other, begin, stop) in lives.items():

@@ -39,7 +39,7 @@ CASES = {
     "wide state": (chain(32, (24,), "elu", slope=0.7), 33, "bosh3", 1, (0, 1)),
     "two tiles": (chain(2, (100, 70), "selu"), 5, "heun3", 1, None),
     "many stages": (chain(2, (16, 16), "softplus", slope=2.0), 3, "dopri5", 2, (2,)),
-    "tsit5": (viscosity(2, 8), 3, "tsit5", 1, None),
+    "tsit5": (viscosity(2, 8), 17, "tsit5", 1, None),
     "viscosity": (viscosity(3, 20, branches=2, base=True), 40, "euler", 3, (1, 2)),
     "shared weights": (
         (
