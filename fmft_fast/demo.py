@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from fmft_fast import commands
@@ -35,6 +28,7 @@ from fmft_fast.train import FinetuneConfig, PretrainConfig, read_metrics
 from fmft_fast.train.checkpoint import versions
 from fmft_fast.train.config import changes, format_toml
 from fmft_fast.train.logging import progress_bar
+from fmft_fast.workers import Ended, Job, run_jobs
 
 Medians = Mapping[int, Mapping[str, float]]
 
@@ -100,7 +94,7 @@ def run(
     """Pre-train, measure, fine-tune, measure again, for every seed; then sum up.
 
     Raises:
-        FmftError: a worker failed; its message is above.
+        FmftError: a stage failed; the others of that moment have been saved.
         KeyboardInterrupt: stopped on request; says how to resume.
     """
     started = time.perf_counter()
@@ -187,67 +181,40 @@ class _Job:
         return done, doing
 
 
-def _work_apart(job: _Job, stage: str, figures: bool) -> None:
-    """Do one stage in a worker process, on one thread, ended by SIGTERM or by its parent's end."""
-    # In a group of its own a Ctrl-C reaches the parent only, which passes it on once.
-    os.setpgrp()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(1)
-    try:
-        job.work(stage, figures)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except FmftError as error:
-        print(f"\nseed {job.seed}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def _run_jobs(jobs: Sequence[_Job], workers: int, place: Place) -> None:
     """Keep up to `workers` processes at work until every stage has its results."""
-    waiting = [(job, stage) for stage in ("pretrain", "finetune") for job in jobs]
-    waiting = [(job, stage) for job, stage in waiting if not job.results(stage).exists()]
-    running: dict[BaseProcess, _Job] = {}
-    context = multiprocessing.get_context("spawn")
     total = sum(job.pretrain.steps + job.finetune.steps for job in jobs)
     with progress_bar(total, "demo", show=not place.quiet, unit="step") as bar:
+        ends = run_jobs(_stages(jobs), max(1, workers), tick=lambda: _show(bar, jobs))
         try:
-            while waiting or running:
-                # Fine-tuning waits for its seed's pre-training, whoever has a worker free.
-                ready = [(j, s) for j, s in waiting if s == "pretrain" or j.pretrained]
-                for job, stage in ready[: max(1, workers) - len(running)]:
-                    waiting.remove((job, stage))
-                    arguments = (job, stage, job is jobs[0])
-                    process = context.Process(target=_work_apart, args=arguments)
-                    process.start()
-                    running[process] = job
-                wait([process.sentinel for process in running], timeout=1.0)
-                _show(bar, jobs)
-                for process in [p for p in running if p.exitcode is not None]:
-                    _check_ended(process, running.pop(process), place)
+            with closing(ends):
+                for ended in ends:
+                    _check_ended(ended, place)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped; go on with: fmft demo --resume --out {place.out}"
             ) from None
-        finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.join()
 
 
-def _check_ended(process: BaseProcess, job: _Job, place: Place) -> None:
-    if process.exitcode != 0:
+def _check_ended(ended: Ended, place: Place) -> None:
+    if ended.error is not None:
         raise FmftError(
-            f"seed {job.seed} failed (exit code {process.exitcode}), see above; what is finished "
-            f"lies in {place.out}; go on with --resume"
+            f"{ended.job.name} failed: {ended.error}; what is finished lies in {place.out}; go on "
+            f"with --resume"
         )
+
+
+def _stages(jobs: Sequence[_Job]) -> list[Job]:
+    """Give what is left to do; fine-tuning waits for its seed's pre-training."""
+    left = []
+    for stage, before in (("pretrain", None), ("finetune", "pretrain")):
+        for job in jobs:
+            if job.results(stage).exists():
+                continue
+            needs = () if before is None or job.pretrained else (f"seed {job.seed}: {before}",)
+            arguments = (stage, job is jobs[0])
+            left.append(Job(f"seed {job.seed}: {stage}", job.work, arguments, needs))
+    return left
 
 
 def _show(bar: tqdm, jobs: Sequence[_Job]) -> None:
