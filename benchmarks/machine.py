@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fmft_fast.info import cpu, machine_class
 from fmft_fast.ops import backend_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +19,6 @@ PACKAGES = (
     *("fmft-fast", "torch", "numpy", "triton", "torchdiffeq", "torchdyn", "torchode"),
     *("jax", "jaxlib", "diffrax", "equinox"),
 )
-VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
-FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_bf16", "amx_tile", "asimd")
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -36,32 +34,6 @@ def describe(device: str) -> dict[str, Any]:
         "backends": {s.name: s.reason for s in backend_report() if s.available},
         "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def machine_class(device: str) -> str:
-    """Machines whose ratios of times can be compared: vendor and instruction set, or the GPU."""
-    if device == "cuda":
-        return f"cuda {torch.cuda.get_device_name()}"
-    return f"{cpu()['vendor']} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def cpu() -> dict[str, Any]:
-    """Model, vendor, cores and the instruction sets that matter."""
-    found = {}
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else ():
-        key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    flags = found.get("flags", found.get("Features", "")).split()
-    vendor = found.get("vendor_id", platform.machine())
-    return {
-        "model": found.get("model name", platform.processor() or "unknown"),
-        "vendor": VENDORS.get(vendor, vendor.lower()),
-        "family": found.get("cpu family"),
-        "number": found.get("model"),
-        "cores": os.cpu_count(),
-        "flags": [flag for flag in FLAGS if flag in flags],
     }
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from fmft_fast.ops import backend_report
 
 PACKAGES = ("fmft-fast", "torch", "numpy", "triton", "safetensors", "scipy", "POT", "scikit-learn")
+VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
+FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_bf16", "amx_tile", "asimd")
 
 
 def package_info() -> dict[str, Any]:
@@ -58,6 +61,32 @@ def info_text() -> str:
         if status["cure"]:
             lines.append(f"{'':<18}cure: {status['cure']}")
     return "\n".join(lines)
+
+
+def machine_class(device: str) -> str:
+    """Name machines whose ratios of times can be compared: vendor and instruction set, or GPU."""
+    if device == "cuda":
+        return f"cuda {torch.cuda.get_device_name()}"
+    return f"{cpu()['vendor']} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def cpu() -> dict[str, Any]:
+    """Give model, vendor, cores and the instruction sets that matter."""
+    found = {}
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    flags = found.get("flags", found.get("Features", "")).split()
+    vendor = found.get("vendor_id", platform.machine())
+    return {
+        "model": found.get("model name", platform.processor() or "unknown"),
+        "vendor": VENDORS.get(vendor, vendor.lower()),
+        "family": found.get("cpu family"),
+        "number": found.get("model"),
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+    }
 
 
 def _version(package: str) -> str | None:
