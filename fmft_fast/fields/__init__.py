@@ -1,5 +1,6 @@
 """Velocity fields: modules with `forward(t, x, cond=None)`."""
 
 from fmft_fast.fields.mlp import ACTIVATIONS, MLP
+from fmft_fast.fields.residual import Residual
 
-__all__ = ["ACTIVATIONS", "MLP"]
+__all__ = ["ACTIVATIONS", "MLP", "Residual"]
