@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fmft_fast.analysis import metrics, plots
 from fmft_fast.fields import MLP
-from fmft_fast.flow import Pairs, make_coupling, sample
+from fmft_fast.flow import GaussianMixture, Pairs, make_coupling, sample
 from fmft_fast.solvers import solve
 from fmft_fast.tasks.base import STEPS, Records, Results, TaskData, register
 
@@ -57,13 +57,18 @@ class ToyGMM:
         angle = math.pi / 2 + torch.arange(MODES) * (2 * math.pi / MODES)
         return RADIUS * torch.stack([angle.cos(), angle.sin()], dim=1)
 
+    @property
+    def mixture(self) -> GaussianMixture:
+        """Give the law of the data, which knows its exact velocity field."""
+        return GaussianMixture(self.centres, SIGMA)
+
     def draw(self, n: int, seed: int, *, balanced: bool = False) -> Tensor:
         """Draw n points of the mixture, [n, 2]; balanced: with equal numbers from every mode."""
         generator = torch.Generator().manual_seed(seed)
         mode = torch.randint(MODES, (n,), generator=generator)
         if balanced:
             mode = torch.randperm(n, generator=generator) % MODES
-        return self.centres[mode] + SIGMA * torch.randn(n, 2, generator=generator)
+        return self.mixture.sample(n, generator, component=mode)
 
     def make_data(self, seed: int) -> TaskData:
         """Draw 100,000 training and 20,000 held-out points."""
