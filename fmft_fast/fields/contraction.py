@@ -1,0 +1,111 @@
+"""Algebra by which weights keep a promise whatever their parameters are.
+
+Every function here turns free parameters into matrices of a kind: skew, orthogonal, positive
+definite, Hurwitz. A branch A f(D y + s) contracts through the tie between A and D, not through A
+alone: with a slope matrix G >= 0, P A G D = -D^T Lambda G D <= 0 as soon as P A = -D^T Lambda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from fmft_fast.errors import NonFiniteError
+from fmft_fast.ops.activations import clipped_cube
+
+# An optimiser such as Adam moves a parameter by about its learning rate per step. With this factor
+# a gain gets from softplus(-5) = 0.007 to softplus(0) = 0.7 in a thousand steps of 5e-4.
+SHARPNESS = 10.0
+START = -5.0 / SHARPNESS
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A continuous increasing function of one variable with its largest slope.
+
+    Attributes:
+        f: the function.
+        slope: every difference quotient lies in [0, slope].
+    """
+
+    f: Callable[[Tensor], Tensor]
+    slope: float
+
+
+BRANCH_ACTIVATIONS: dict[str, Activation] = {
+    "tanh": Activation(torch.tanh, 1.0),
+    "softsign": Activation(F.softsign, 1.0),
+    "leaky_relu": Activation(F.leaky_relu, 1.0),
+    "asinh": Activation(torch.asinh, 1.0),
+    "clipped_cube": Activation(clipped_cube, 3.0),
+}
+
+
+def positive(raw: Tensor, scale: float = 1.0, least: float = 0.0) -> Tensor:
+    """Positive values least + scale softplus(10 raw); raw = -1/2 gives about 0.007 scale."""
+    return F.softplus(raw * SHARPNESS) * scale + least
+
+
+def skew(raw: Tensor) -> Tensor:
+    """The matrix raw - raw^T, skew to the last bit."""
+    return raw - raw.T
+
+
+def cayley(k: Tensor) -> Tensor:
+    """The orthogonal matrix (I - K)(I + K)^-1 of a skew matrix K, both [n, n].
+
+    I + K has no singular value below 1, so that the LU solve cannot fail for finite entries. It
+    runs in float64, in which the result is orthogonal to about 2e-16 |K|.
+
+    Raises:
+        NonFiniteError: K has a NaN or an infinite entry, or entries beyond 1e150.
+
+    Source: Cayley (1846); Golub, Van Loan, "Matrix Computations", 4th edition, problem 2.5.
+
+    Example:
+        >>> q = cayley(skew(torch.tensor([[0.0, 1e6], [0.0, 0.0]])))
+        >>> bool((q.T @ q - torch.eye(2)).abs().max() < 1e-6)
+        True
+    """
+    if has_torch_function_unary(k):  # one call to whoever records calls
+        return handle_torch_function(cayley, (k,), k)
+    one = torch.eye(len(k), dtype=torch.float64, device=k.device)
+    wide = k.double()
+    # (I - K) and (I + K)^-1 commute, so that one solve from the left is enough.
+    q = torch.linalg.solve_ex(one + wide, one - wide).result
+    readable = not k.is_meta and not torch.compiler.is_compiling()
+    if readable and not (k.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not torch.isfinite(q).all():  # sync: once per solve; unseen it would be a NaN of x
+            cause = "the products of its LU solve overflow"
+            if not torch.isfinite(k).all():
+                cause = "the matrix itself has NaN or infinite entries"
+            raise NonFiniteError(
+                "expected a skew matrix whose Cayley map is finite, got none: "
+                f"{cause}; lower the learning rate, clip the gradient, or go back to a checkpoint"
+            )
+    return q.to(k.dtype)
+
+
+def quasi_triangular(raw: Tensor, diagonal: Tensor) -> Tensor:
+    """A Hurwitz matrix T [n, n], upper triangular but for 2 x 2 blocks on its diagonal.
+
+    The block [[-a, u], [-s^2 u, -b]] has a negative trace and the determinant a b + s^2 u^2 > 0.
+
+    Args:
+        raw: [n, n]; what is above the diagonal is u and the rest of the triangle, the first, third,
+            ... entry below it is s.
+        diagonal: [n] positive, a and b.
+    """
+    n = len(raw)
+    upper = torch.triu(raw, 1)
+    if n == 1:
+        return -diagonal[:, None]
+    every_other = torch.zeros(n - 1, dtype=raw.dtype, device=raw.device)
+    every_other[::2] = 1
+    s, u = torch.diagonal(raw, -1), torch.diagonal(raw, 1)
+    return upper - torch.diag(diagonal) - torch.diag(every_other * s * s * u, -1)

@@ -1,0 +1,235 @@
+"""Generalised artificial viscosity: a residual field that contracts by construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmft_fast.errors import InputError
+
+from .branches import CONSTRUCTIONS, Branch, Metric, Weights
+from .contraction import BRANCH_ACTIVATIONS, START, cayley, positive, skew
+
+WIDTH = 128
+_CENTERS = (None, "learned", "condition")
+STRETCH = 10.0  # bound of the eigenvalues of a learned metric and of their inverses
+
+
+class GAV(nn.Module):
+    """Residual field delta(x) = A_0 (x - b) + sum_j A_j (f_j(D_j (x - b) + s_j) - f_j(s_j)).
+
+    The weights are derived from free parameters in such a way that the Jacobian J satisfies
+    P J + J^T P <= -2 c P at every x, with c >= `rate`: two solutions of x' = delta(x) approach each
+    other at least like exp(-c t) in the norm (x^T P x)^1/2. The field does not depend on the time,
+    vanishes at the centre b, and is close to zero at first. Added to a velocity field v it lowers
+    the one-sided Lipschitz constant of v by c; the sum need not contract.
+
+    A_0 = P^-1 (K - R R^T) - c I with K skew; the branches follow from the construction:
+
+    - "collocated": A_j = -P^-1 D_j^T Lambda_j, D_j [width, dim] free, any increasing f_j.
+    - "lmi": A_j and D_j free, and A_0 damps as much as the slope bound of f_j asks for.
+    - "schur-cayley": A_j = Q T Q^T Hurwitz and D_j = -Lambda_j^-1 A_j^T P; width = dim.
+    - "schur-cayley-free": D_j free. This one guarantees nothing; it is there to be compared.
+
+    Args:
+        dim: size of a state, or its shape; states are flattened.
+        branches: number of branches.
+        width: units per branch; by default max(128, 2 dim), or dim for the schur-cayley kinds.
+        construction: as above.
+        activation: a name in `BRANCH_ACTIVATIONS`, or one per branch.
+        rate: smallest contraction rate c, per unit of flow time.
+        metric: "identity" (P = I) or "learned" (full P with eigenvalues in [0.1, 10]).
+        center: b as a tensor, "learned", "condition" (a linear map of the condition; contraction
+            holds at a fixed condition), or None for 0.
+        rank: of K = U V^T - V U^T and R, so that A_0 costs O(dim rank); None for full matrices.
+        cond_dim: size of a condition, for center = "condition".
+        offsets: whether the units have offsets s_j; without them delta(b - y) = -delta(b + y) for
+            odd f_j.
+
+    Raises:
+        InputError: for sizes, names or a centre that do not fit.
+
+    Source: ControlSynth Neural ODEs, arXiv 2411.02292 (the form); Lurie systems with sector-bounded
+        slopes (the constructions).
+
+    Example:
+        >>> field = GAV(2, activation=("tanh", "asinh"))
+        >>> field(torch.tensor(0.5), torch.ones(7, 2)).shape
+        torch.Size([7, 2])
+    """
+
+    def __init__(
+        self,
+        dim: int | Sequence[int],
+        branches: int = 2,
+        width: int | None = None,
+        *,
+        construction: str = "collocated",
+        activation: str | Sequence[str] = "tanh",
+        rate: float = 1e-3,
+        metric: str = "identity",
+        center: Tensor | str | None = None,
+        rank: int | None = None,
+        cond_dim: int = 0,
+        offsets: bool = True,
+    ) -> None:
+        super().__init__()
+        self.shape = (dim,) if isinstance(dim, int) else tuple(dim)
+        self.dim = n = math.prod(self.shape)
+        names = (activation,) * branches if isinstance(activation, str) else tuple(activation)
+        kind = _checked(self.shape, branches, width, construction, names, rate, metric, rank)
+        self.rate, self.rank, self.cond_dim, self.construction = rate, rank, cond_dim, construction
+        m = width or (n if construction.startswith("schur") else max(WIDTH, 2 * n))
+        r = rank or n
+        self.branches = nn.ModuleList(kind(n, m, name, offsets) for name in names)
+        self.excess_rate = nn.Parameter(torch.tensor(START))
+        self.damping = nn.Parameter(0.01 * torch.randn(n, r))
+        self.skew = nn.Parameter(torch.zeros(n, r))
+        # With V = 0 the skew part starts at zero, and U gives V a gradient.
+        self.skew_partner = None if rank is None else nn.Parameter(torch.randn(n, r) / math.sqrt(n))
+        learned = metric == "learned"
+        self.metric_turn = nn.Parameter(torch.zeros(n, n)) if learned else None
+        self.metric_stretch = nn.Parameter(torch.zeros(n)) if learned else None
+        self._set_center(center)
+
+    def _set_center(self, center: Tensor | str | None) -> None:
+        n = self.dim
+        tensor = isinstance(center, Tensor)
+        if not tensor and (center not in _CENTERS or (center == "condition" and not self.cond_dim)):
+            raise InputError(
+                'center must be a tensor, "learned", None, or "condition" together with '
+                f"cond_dim > 0, got {center!r} with cond_dim = {self.cond_dim}"
+            )
+        self.center_map = None
+        if tensor:
+            if center.numel() != n:
+                raise InputError(f"center must have {n} entries, got shape {list(center.shape)}")
+            self.register_buffer("center", center.detach().clone().reshape(n))
+            return
+        self.center = None if center is None else nn.Parameter(torch.zeros(n))
+        if center == "condition":
+            self.center_map = nn.Parameter(torch.zeros(n, self.cond_dim))
+
+    def metric(self) -> Metric | None:
+        """The metric P = U diag(p) U^T with U orthogonal, or None for the identity."""
+        if self.metric_turn is None or self.metric_stretch is None:
+            return None
+        u = cayley(skew(self.metric_turn))
+        p = torch.exp(math.log(STRETCH) * torch.tanh(self.metric_stretch))
+        return (u * p) @ u.T, (u / p) @ u.T
+
+    def weights(self) -> list[Weights]:
+        """The derived weights of the branches."""
+        metric, weights = self.metric(), []
+        for branch in self.branches:  # no comprehension: the tracer of fields refuses iterators
+            weights.append(branch.weights(metric))  # type: ignore[operator]
+        return weights
+
+    def linear(self) -> tuple[Tensor, Tensor | None]:
+        """A_0 [n, n] and None; or with a rank, two factors of A_0 + c I, [n, k] and [k, n]."""
+        metric = self.metric()
+        factors: list[Tensor] = [self.damping]
+        for branch in self.branches:
+            factor = branch.excess()  # type: ignore[operator]
+            if factor is not None:
+                factors.append(factor)
+        r = torch.cat(factors, 1) if len(factors) > 1 else factors[0]
+        if self.skew_partner is not None:
+            u, v = self.skew_partner, self.skew
+            left, right = torch.cat([u, -v, -r], 1), torch.cat([v, u, r], 1).T
+            return (left if metric is None else metric[1] @ left), right
+        inner = skew(self.skew) - r @ r.T
+        one = torch.eye(self.dim, dtype=r.dtype, device=r.device)
+        return (inner if metric is None else metric[1] @ inner) - self.least_rate() * one, None
+
+    def least_rate(self) -> Tensor:
+        """The rate c of the construction, 0-d; `certificate` tells the one that holds."""
+        return positive(self.excess_rate, least=self.rate)
+
+    def forward(self, t: Tensor, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Return delta(x), of the shape of x.
+
+        Args:
+            t: flow time, which has no influence.
+            x: states, [batch, *shape].
+            cond: conditions [batch, cond_dim]; ignored unless the centre depends on them.
+        """
+        if tuple(x.shape[-len(self.shape) :]) != self.shape:
+            raise InputError(f"x must be [batch, {_shown(self.shape)}], got {list(x.shape)}")
+        y = x if len(self.shape) == 1 else x.flatten(-len(self.shape))
+        if self.center_map is not None:
+            if cond is None or cond.shape[-1] != self.cond_dim:
+                got = "none" if cond is None else list(cond.shape)
+                raise InputError(f"cond must be [batch, {self.cond_dim}], got {got}")
+            y = y - F.linear(cond, self.center_map, self.center)
+        elif self.center is not None:
+            y = y - self.center
+        delta = self.evaluate(y)
+        return delta if len(self.shape) == 1 else delta.reshape(x.shape)
+
+    def evaluate(self, y: Tensor) -> Tensor:
+        """Delta as a function of y = x - b, both [batch, dim]."""
+        weights = self.weights()
+        left, right = self.linear()
+        if right is None:
+            delta = F.linear(y, left)
+        else:
+            delta = F.linear(F.linear(y, right), left) - y * self.least_rate()
+        for j, branch in enumerate(self.branches):
+            delta = delta + branch(weights[j], y)
+        return delta
+
+    def extra_repr(self) -> str:
+        """Show what cannot be seen from the branches."""
+        return (
+            f"shape={self.shape}, construction={self.construction!r}, rate={self.rate}, "
+            f"rank={self.rank}, cond_dim={self.cond_dim}"
+        )
+
+
+def _checked(
+    shape: tuple[int, ...],
+    branches: int,
+    width: int | None,
+    construction: str,
+    names: tuple[str, ...],
+    rate: float,
+    metric: str,
+    rank: int | None,
+) -> type[Branch]:
+    n = math.prod(shape)
+    if not shape or n < 1 or branches < 0 or (width is not None and width < 1):
+        raise InputError(
+            "expected a state size or shape >= 1, branches >= 0 and width >= 1, "
+            f"got {shape}, branches = {branches}, width = {width}"
+        )
+    if construction not in CONSTRUCTIONS:
+        known = ", ".join(CONSTRUCTIONS)
+        raise InputError(f"unknown construction {construction!r}; choose one of {known}")
+    if construction.startswith("schur") and width not in (None, n):
+        raise InputError(
+            f"{construction} has square A_j, so that width must be {n} or None, got {width}"
+        )
+    if len(names) != branches:
+        raise InputError(
+            f"expected one activation or one per branch ({branches}), got {len(names)}"
+        )
+    for name in names:
+        if name not in BRANCH_ACTIVATIONS:
+            known = ", ".join(sorted(BRANCH_ACTIVATIONS))
+            raise InputError(f"unknown activation {name!r}; choose one of {known}")
+    if not 0 < rate < math.inf:
+        raise InputError(f"rate must be positive and finite, got {rate}")
+    if metric not in ("identity", "learned"):
+        raise InputError(f'metric must be "identity" or "learned", got {metric!r}')
+    if rank is not None and not 1 <= rank <= n:
+        raise InputError(f"rank must be in [1, {n}] or None, got {rank}")
+    return CONSTRUCTIONS[construction]
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
