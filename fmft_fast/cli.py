@@ -15,6 +15,8 @@ from fmft_fast import commands, demo
 from fmft_fast.commands import SECTIONS, Place
 from fmft_fast.errors import ConfigError, FmftError
 from fmft_fast.info import info_text, package_info
+from fmft_fast.studies import STUDIES, find_study
+from fmft_fast.studies.run import run as run_cells
 from fmft_fast.tasks import STEPS, TASKS, find_task
 from fmft_fast.train.config import as_typed, parse_overrides, read_toml
 from fmft_fast.version import __version__
@@ -75,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        target = "" if name in ("demo", "info") else " TASK"
+        target = {"demo": "", "info": "", "study": " [NAME]"}.get(name, " TASK")
         sub = subparsers.add_parser(
             name,
             help=text,
@@ -110,6 +112,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=_seeds, help="different numbers (default 0,1,2)")
     sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     _add_run_options(sub, *SECTIONS)
+    sub = add("study", run_study, "Answer a question by measurements; without NAME list them.")
+    sub.add_argument("study", nargs="?", metavar="NAME", help=f"one of {', '.join(STUDIES)}")
+    sub.add_argument("--out", type=Path, help="folder (default runs/studies/NAME)")
+    sub.add_argument("--resume", action="store_true", help="go on with what that folder holds")
+    sub.add_argument("--seeds", type=_seeds, default=(0, 1, 2), help="default 0,1,2")
+    sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    sub.add_argument("--quick", action="store_true", help="smallest sizes, to try it out")
+    sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
     sub = add("info", run_info, "Print versions, devices and backends, each with its cure.")
     sub.add_argument("--json", action="store_true", help="as JSON")
     return parser
@@ -285,6 +295,18 @@ def run_demo(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
         finetune=commands.make_config("finetune", task, layers),
         steps=known.measure or tuple(header.get("measure", STEPS)),
     )
+    return 0
+
+
+def run_study(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """`fmft study [NAME]`."""
+    if known.study is None:
+        width = max(map(len, STUDIES))
+        print("\n".join(f"{name:<{width}}  {s.question}" for name, s in STUDIES.items()))
+        return 0
+    study = find_study(known.study)
+    place = _place(known, f"studies/{study.name}{'-quick' if known.quick else ''}")
+    run_cells(study, place, seeds=known.seeds, workers=known.workers, quick=known.quick)
     return 0
 
 

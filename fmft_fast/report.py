@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,3 +83,15 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
 def read_results(table: Mapping[str, Mapping[str, float]]) -> dict[int, dict[str, float]]:
     """Undo what JSON does to the numbers of steps: keys are numbers again."""
     return {int(n): dict(measures) for n, measures in table.items()}
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """Give a file's name for settings: the values to read, a digest to tell all apart.
+
+    Example:
+        >>> settings_key({"task": "toy-gmm", "seed": 0})
+        'toy-gmm-0-eff2fbf1967e'
+    """
+    text = json.dumps(settings, sort_keys=True)
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(str(value) for value in settings.values()))
+    return f"{words[:60].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

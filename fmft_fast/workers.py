@@ -58,7 +58,8 @@ def run_jobs(
         tick: called about once a second.
 
     Raises:
-        InputError: names are not unique, or a job needs one that does not stand before it.
+        InputError: names are not unique, a job needs one that does not stand before it, or there
+            are fewer than 0 workers.
 
     Example:
         >>> jobs = [Job("a", len, (3,)), Job("b", len, ([],), needs=("a",)), Job("c", len, ([],))]
@@ -68,6 +69,8 @@ def run_jobs(
         b it needs a, which failed
         c None
     """
+    if workers < 0:
+        raise InputError(f"expected at least 0 workers, got {workers}")
     _check_names(jobs)
     return _run_here(jobs) if workers == 0 else _run_apart(jobs, workers, tick)
 

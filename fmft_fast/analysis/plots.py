@@ -13,6 +13,16 @@ from fmft_fast.errors import InputError, MissingDependencyError
 
 BEFORE, AFTER, FLOOR, INK = "#c44e52", "#2a6f97", "#8a8a8a", "#333333"
 COLOURS = {"before": BEFORE, "after": AFTER}
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and markers that differ too.
+SERIES = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#e69f00", "v"),
+    ("#56b4e9", "P"),
+    ("#000000", "X"),
+)
 HELDOUT = {
     "pre-training": "held-out loss",
     "fine-tuning": "held-out mean distance\n$|\\phi(x_0) - x_1|\\,/\\sqrt{dim}$",
@@ -173,6 +183,68 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], file: st
     return _save(figure, file)
 
 
+def medians(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]],
+    file: str | Path,
+    *,
+    xlabel: str,
+    levels: Mapping[str, Mapping[str, float]] | None = None,
+    log_x: bool = True,
+    columns: int = 3,
+) -> Path:
+    """Draw medians with their intervals against a setting: a panel per measure, a line per label.
+
+    Args:
+        panels: {title: {label: [(x, low, median, high), ...]}}; a label keeps its colour and
+            marker in all panels.
+        file: PNG to write; its folder is made.
+        xlabel: name of x.
+        levels: {title: {label: value}} of dashed lines to compare with, such as real data; their
+            labels stand at the lines.
+        log_x: whether x has a logarithmic scale (x > 0).
+        columns: panels side by side.
+
+    Returns:
+        The file.
+    """
+    width = min(columns, len(panels))
+    height = -(-len(panels) // width)
+    figure = _figure(3.8 * width, 3.0 * height + 0.6)
+    axes = figure.subplots(height, width, squeeze=False).flatten()
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    styles = dict(zip(labels, SERIES, strict=False))
+    if len(styles) < len(labels):
+        raise InputError(f"expected at most {len(SERIES)} lines, got {len(labels)}; draw fewer")
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for label, points in lines.items():
+            _draw_medians(axis, points, label, *styles[label])
+        level = (levels or {}).get(title, {})
+        for label, value in level.items():
+            axis.axhline(value, color=FLOOR, linestyle="--", linewidth=1.2)
+            axis.annotate(
+                label,
+                (1, value),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                xytext=(-3, 2),
+                ha="right",
+                fontsize=8,
+                color=INK,
+            )
+        if log_x:
+            axis.set_xscale("log")
+        _tick_at(axis, sorted({point[0] for points in lines.values() for point in points}))
+        seen = [value for points in lines.values() for point in points for value in point[1:]]
+        _set_value_scale(axis, [*seen, *level.values()], None)
+        axis.set_xlabel(xlabel)
+        axis.grid(alpha=0.25)
+        _title(axis, title)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    _legend_below(figure, axes[0], columns=min(4, len(labels)))
+    return _save(figure, file)
+
+
 def image_grid(
     rows: Mapping[str, Tensor], file: str | Path, *, low: float = -1.0, high: float = 1.0
 ) -> Path:
@@ -209,6 +281,19 @@ def _draw_curve(
     axis.plot([r["step"] for r in rows], [r[key] for r in rows], **style)
     axis.set_yscale("log")
     axis.grid(alpha=0.25, which="both")
+
+
+def _draw_medians(axis, points: Sequence[tuple[float, ...]], label: str, colour: str, marker: str):
+    x, low, middle, high = zip(*points, strict=True)
+    axis.plot(x, middle, color=colour, marker=marker, markersize=5, linewidth=1.4, label=label)
+    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _tick_at(axis, places: Sequence[float], *, most: int = 7) -> None:
+    """Put ticks at the places themselves where there are few of them."""
+    if len(places) <= most:
+        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.minorticks_off()
 
 
 def _draw_paths(axis, states: Tensor, centres: Tensor, radius: float) -> None:

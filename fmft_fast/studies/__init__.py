@@ -1,0 +1,18 @@
+"""Studies: one file each with a question, cells, a table and figures; `fmft study` runs them."""
+
+from fmft_fast.studies import checkpoint_timing
+from fmft_fast.studies.base import STUDIES, Rows, Settings, Study, find_study, register
+from fmft_fast.studies.models import Models, Pretrained, finetune
+
+__all__ = [
+    "STUDIES",
+    "Models",
+    "Pretrained",
+    "Rows",
+    "Settings",
+    "Study",
+    "checkpoint_timing",
+    "find_study",
+    "finetune",
+    "register",
+]
