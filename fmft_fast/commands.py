@@ -25,10 +25,12 @@ from fmft_fast.train import (
     load_checkpoint,
     read_metrics,
 )
-from fmft_fast.train.checkpoint import check_field, resolve, versions
+from fmft_fast.train.branch import as_saved
+from fmft_fast.train.checkpoint import resolve, versions
 from fmft_fast.train.config import format_toml, merge, read_toml, section, unknown_key
 
 SECTIONS: dict[str, type[FitConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+TABLES = ("coupling_options", "residual_options")
 HEADER = ("task", "from", "seeds", "measure")
 
 
@@ -64,6 +66,8 @@ def make_config(name: str, task: Task, layers: Sequence[Mapping[str, Any]]) -> A
         if keys.get("coupling", table.get("coupling")) != table.get("coupling"):
             # Options belong to the coupling they were written for.
             table.pop("coupling_options", None)
+        if "mode" in table and keys.get("mode", table["mode"]) != table["mode"]:
+            table.pop("residual_options", None)
         table = merge(table, keys)
     return SECTIONS[name].from_dict(table)
 
@@ -73,8 +77,8 @@ def check_overrides(overrides: Mapping[str, Any], allowed: Sequence[str]) -> Non
     for name, value in overrides.items():
         if name in HEADER:
             raise ConfigError(f"this command takes no --{name}; see its --help")
-        if isinstance(value, Mapping) and name not in (*allowed, "coupling_options"):
-            raise unknown_key(name, (*allowed, "coupling_options"), "a section of this command")
+        if isinstance(value, Mapping) and name not in (*allowed, *TABLES):
+            raise unknown_key(name, (*allowed, *TABLES), "a section of this command")
 
 
 def read_run_file(path: Path, task: Task) -> dict[str, Any]:
@@ -96,13 +100,10 @@ def new_field(task: Task, seed: int) -> nn.Module:
 
 
 def load_field(task: Task, path: str | Path) -> tuple[nn.Module, Checkpoint]:
-    """Give the task's field as a checkpoint holds it, in the dtype it was trained in."""
+    """Give the model of a task's checkpoint, the field or a residual around it, in its dtype."""
     checkpoint = load_checkpoint(path)
     dtype = getattr(torch, checkpoint.config.get("dtype", "float32"))
-    field = new_field(task, 0).to(dtype)
-    check_field(field, checkpoint, path)
-    field.load_state_dict(dict(checkpoint.model))
-    return field, checkpoint
+    return as_saved(new_field(task, 0).to(dtype), checkpoint, path), checkpoint
 
 
 def pretrain(

@@ -1,12 +1,14 @@
 """Training: settings, the one loop, trainers, monitors and checkpoints."""
 
 from fmft_fast.train.batches import LoaderBatches, LoaderPairs, PairBatches
+from fmft_fast.train.branch import load_model
 from fmft_fast.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from fmft_fast.train.config import FinetuneConfig, FitConfig, PretrainConfig
 from fmft_fast.train.finetune import FlowMatchingTrainer, MLEFineTuner
 from fmft_fast.train.logging import read_metrics
 from fmft_fast.train.loop import FitResult, fit
 from fmft_fast.train.monitors import (
+    Cancellation,
     CurvatureGrowth,
     Finding,
     Monitor,
@@ -15,6 +17,7 @@ from fmft_fast.train.monitors import (
 )
 
 __all__ = [
+    "Cancellation",
     "Checkpoint",
     "CurvatureGrowth",
     "Finding",
@@ -32,6 +35,7 @@ __all__ = [
     "VarianceCollapse",
     "fit",
     "load_checkpoint",
+    "load_model",
     "load_weights",
     "read_metrics",
     "save_checkpoint",

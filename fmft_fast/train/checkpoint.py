@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fmft_fast.errors import CheckpointError
+from fmft_fast.fields import Residual
 from fmft_fast.version import __version__
 
 FORMAT = "fmft-checkpoint"
@@ -57,10 +58,23 @@ class Checkpoint:
 
 
 def describe_field(model: nn.Module) -> dict[str, Any]:
-    """Name the class of a model and the dtype and shape of each of its tensors."""
+    """Name a model's class, its tensors' dtypes and shapes, and the branches beside its field."""
     cls = type(model)
     name = f"{cls.__module__}.{cls.__qualname__}"
-    return {"class": name, "tensors": _describe(model.state_dict())}
+    return {
+        "class": name,
+        "tensors": _describe(model.state_dict()),
+        "residuals": recipes(model),
+    }
+
+
+def recipes(model: nn.Module) -> list[dict[str, Any] | None]:
+    """Give how the branches around a field were built, the innermost first."""
+    found: list[dict[str, Any] | None] = []
+    while isinstance(model, Residual):
+        found.insert(0, model.recipe)
+        model = model.base
+    return found
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
@@ -153,11 +167,14 @@ def check_field(model: nn.Module, checkpoint: Checkpoint, path: str | Path) -> N
     ]
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        theirs, ours = checkpoint.architecture.get("class", "unnamed"), describe_field(model)
+        theirs, ours = checkpoint.architecture, describe_field(model)
+        remedy = "build the field as it was when the checkpoint was written"
+        if len(theirs.get("residuals", ())) > len(ours["residuals"]):
+            remedy = "it holds a field with a residual: give its field to load_model"
         raise CheckpointError(
-            f"{path} belongs to another model ({theirs}, here {ours['class']}): "
-            f"{'; '.join(differences[:3])}{more}; build the field as it was when the checkpoint "
-            f"was written, or start from another checkpoint"
+            f"{path} belongs to another model ({theirs.get('class', 'unnamed')}, here "
+            f"{ours['class']}): {'; '.join(differences[:3])}{more}; {remedy}, or start from "
+            f"another checkpoint"
         )
 
 

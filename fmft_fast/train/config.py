@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 ConfigT = TypeVar("ConfigT", bound="FitConfig")
+MODES = ("direct", "residual", "residual-mlp")
 PAIRED = f"how noise and data are paired: {', '.join(COUPLINGS)}"
 
 
@@ -128,6 +129,13 @@ class FinetuneConfig(FitConfig):
     gradient: str = key(
         "discrete", "gradient of the solve", choices=("discrete", "continuous", "backprop")
     )
+    mode: str = key(
+        "direct",
+        "what is trained: the field itself, or a branch (a GAV, an MLP) beside it",
+        choices=MODES,
+    )
+    joint: bool = key(False, "residual modes: train the pre-trained field as well")
+    residual_options: dict = key({}, "residual modes: options of the branch")
     coupling: str = key("ot-fixed", PAIRED)
     coupling_options: dict = key({}, "options of the coupling")
     posterior: str = key(
@@ -135,9 +143,31 @@ class FinetuneConfig(FitConfig):
     )
     fm_weight: float = key(0.0, "weight of the flow-matching loss mixed in", low=0)
     sigma: float = key(0.0, "standard deviation of the path in the mixed-in loss", low=0)
+    anchor_weight: float = key(
+        0.0, "weight of half the squared distance to the pre-trained weights", low=0
+    )
     holdout: float = key(0.1, "share of the data never trained on", low=0, high=0.9)
     curvature_limit: float = key(2.0, "growth of path length / displacement that is named", above=1)
     collapse_limit: float = key(0.5, "share of the data's spread below which is named", above=0)
+    cancellation_limit: float = key(
+        0.5, "share of their energy that field and branch cancel, above which is named", above=0
+    )
+
+    def check_mode(self) -> None:
+        """Refuse settings that mean nothing in the mode; a trainer asks, since it may name one."""
+        if self.mode == "direct":
+            for name, given in (("joint", self.joint), ("residual_options", self.residual_options)):
+                if given:
+                    raise ConfigError(
+                        f"{name}: expected nothing in mode direct, which has no branch, got "
+                        f"{given!r}; set mode = residual or residual-mlp, or drop it"
+                    )
+        elif self.anchor_weight > 0 and not self.joint:
+            raise ConfigError(
+                f"anchor_weight: expected 0 in mode {self.mode}, which leaves the pre-trained "
+                f"weights as they are, got {self.anchor_weight:g}; keep the branch small by "
+                f"weight_decay, or set joint = true"
+            )
 
     @property
     def adaptive(self) -> bool:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fmft_fast.fields import Residual
 from fmft_fast.flow.couplings import Pairs
 from fmft_fast.flow.losses import flow_matching_loss, reconstruction_loss
 from fmft_fast.flow.paths import noise_like
 from fmft_fast.solvers import Solution, solve
 from fmft_fast.train.batches import Batch, stream_seed
+from fmft_fast.train.branch import add_branch
 from fmft_fast.train.config import FinetuneConfig, PretrainConfig
 from fmft_fast.train.monitors import (
+    Cancellation,
     CurvatureGrowth,
     Monitor,
     OverfittingSpike,
     VarianceCollapse,
+    interplay,
     path_ratio,
     spread,
 )
-from fmft_fast.train.trainer import Trainer
+from fmft_fast.train.trainer import Data, Evaluate, Trainer
 
 # Two samples of fewer rows differ in spread by chance alone.
 SPREAD_ROWS = 32
@@ -103,6 +109,7 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
         data: x1 [n, *state], or (x1, cond), or a DataLoader of such batches. Loaders are gathered
             into memory for couplings that pair a whole data set.
         config: settings.
+        mode: "direct", "residual" or "residual-mlp", instead of `config.mode`.
         heldout: like data, never trained on; by default a share `config.holdout` of the data
             (of streamed loaders: nothing). 1024 rows of it at most are measured, paired with
             noise of their own as the coupling does it (OT: by exact transport among them).
@@ -113,6 +120,7 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
 
     Raises:
         InputError: the data do not fit together, or the field does not return x's shape.
+        ConfigError: settings that do not go together, or an unknown option of the branch.
 
     Warns:
         CouplingWarning: the coupling would make the field average over modes.
@@ -130,7 +138,40 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
 
     title, settings = "fine-tune", FinetuneConfig
 
+    def __init__(
+        self,
+        field: nn.Module,
+        data: Data,
+        *,
+        config: FinetuneConfig | None = None,
+        mode: str | None = None,
+        heldout: Data | None = None,
+        evaluate: Evaluate | None = None,
+        out: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        config = FinetuneConfig() if config is None else config
+        if isinstance(config, FinetuneConfig):
+            config = config if mode is None else dataclasses.replace(config, mode=mode)
+            config.check_mode()
+        super().__init__(
+            field,
+            data,
+            config=config,
+            heldout=heldout,
+            evaluate=evaluate,
+            out=out,
+            progress=progress,
+        )
+
     def _prepare(self) -> None:
+        field, config = self._field, self.config
+        trained = [(name, p) for name, p in field.named_parameters() if p.requires_grad]
+        if config.mode != "direct":
+            self._field = add_branch(field, self._sight, self._mean, config)
+        prefix = "" if self._field is field else "base."
+        if config.anchor_weight > 0:
+            self._anchors = [(prefix + name, p.detach().clone()) for name, p in trained]
         self._coupling.check_reconstruction(*self._sight)
         random = torch.Generator().manual_seed(stream_seed(self.config.seed, "watch"))
         self._watch_x0 = noise_like(self._sight[0], random)
@@ -153,7 +194,15 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
                 model, pairs.x0, pairs.x1, cond=pairs.cond, path=self._path, generator=random
             )
             loss = loss + self.config.fm_weight * regression
+        if self.config.anchor_weight > 0:
+            loss = loss + 0.5 * self.config.anchor_weight * self._square_drift(model)
         return loss
+
+    def _square_drift(self, model: nn.Module) -> Tensor:
+        """Give the squared distance of a model's weights to the pre-trained ones, 0-d."""
+        weights = dict(model.named_parameters())
+        squares = [(weights[name] - anchor).square().sum() for name, anchor in self._anchors]
+        return torch.stack(squares).sum()
 
     def _solve(
         self,
@@ -194,10 +243,15 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
             ]
             measured["heldout"] = sum(errors) / len(errors)
         seen = Pairs(self._watch_x0, *self._sight)
-        path = self._solve(model, seen, max(choices), save="all").y
+        solution = self._solve(model, seen, max(choices), save="all")
+        path = solution.y
         measured["curvature"] = path_ratio(path)
         if len(seen.x1) >= SPREAD_ROWS:
             measured["spread"] = spread(path[-1], seen.x1)
+        if isinstance(model, Residual):
+            measured |= _interplay_along(model, solution, seen.cond)
+        if self.config.anchor_weight > 0:
+            measured["drift"] = float(self._square_drift(model).sqrt())
         return {**measured, **self._extra(model)}
 
     def _monitors(self) -> Sequence[Monitor]:
@@ -205,7 +259,18 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
             OverfittingSpike(),
             CurvatureGrowth(limit=self.config.curvature_limit),
             VarianceCollapse(limit=self.config.collapse_limit),
+            Cancellation(limit=self.config.cancellation_limit),
         ]
+
+
+def _interplay_along(model: Residual, solution: Solution, cond: Tensor | None) -> dict[str, float]:
+    """Tell how base and branch work together at the points that a solve passed."""
+    told = () if cond is None else (cond,)
+    states = solution.y[:-1]
+    times = solution.t[:-1].to(states)
+    parts = [model.parts(t, x, *told) for t, x in zip(times, states, strict=True)]
+    v, delta = (torch.stack(part) for part in zip(*parts, strict=True))
+    return interplay(v, delta)
 
 
 def _mean_distance(phi: Tensor, x1: Tensor) -> float:

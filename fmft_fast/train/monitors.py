@@ -165,6 +165,34 @@ class VarianceCollapse(Monitor):
         return f"samples have {value:.0%} of the data's standard deviation"
 
 
+class Cancellation(Monitor):
+    """A field and the branch beside it work against each other instead of together.
+
+    Args:
+        limit: "cancelled" (see `interplay`) above which it speaks.
+    """
+
+    name = "cancellation"
+    remedy = (
+        "freeze the pre-trained field (joint = false), or add anchor_weight or weight_decay, and "
+        "start again from the pre-trained model"
+    )
+
+    def __init__(self, *, limit: float = 0.5) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def look(self, metrics: Mapping[str, float]) -> str | None:
+        """Compare the cancelled share with the limit."""
+        value = metrics.get("cancelled")
+        if value is None or value <= self.limit:
+            return None
+        return (
+            f"the field and its branch cancel {value:.0%} of their energy (cosine "
+            f"{metrics['cosine']:.2f}, size of the branch {metrics['delta_size']:.2f})"
+        )
+
+
 def path_ratio(trajectory: Tensor) -> float:
     """Give mean path length / mean displacement: 1 for straight lines, more for curved ones.
 
@@ -197,3 +225,27 @@ def spread(samples: Tensor, data: Tensor) -> float:
     """
     ours, theirs = (x.flatten(1).double().var(dim=0, correction=0).sum() for x in (samples, data))
     return float((ours / theirs.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+
+def interplay(v: Tensor, delta: Tensor) -> dict[str, float]:
+    """Tell how two parts of a velocity work together, both [n, *state], taken as one vector each.
+
+    Returns:
+        "cosine" of the angle between them, from -1 (opposed) to 1; "delta_size", |delta| / |v|;
+        and "cancelled", 1 - |v + delta|^2 / (|v|^2 + |delta|^2): the share of their energy that
+        they take from each other. It is 0 for parts at right angles, 1 when nothing is left, and
+        negative when they support each other.
+
+    Example:
+        >>> v = torch.ones(5, 2)
+        >>> interplay(v, -0.5 * v)
+        {'cosine': -1.0, 'delta_size': 0.5, 'cancelled': 0.8}
+    """
+    v, delta = v.double(), delta.double()
+    least = torch.finfo(torch.float64).tiny
+    vv, dd, vd = ((a * b).sum() for a, b in ((v, v), (delta, delta), (v, delta)))
+    return {
+        "cosine": float(vd / (vv * dd).sqrt().clamp_min(least)),
+        "delta_size": float((dd / vv.clamp_min(least)).sqrt()),
+        "cancelled": float((0 - 2 * vd) / (vv + dd).clamp_min(least)),
+    }

@@ -172,7 +172,7 @@ def gradient_norm(grads: list[Tensor], clip: float | None) -> Tensor:
 class Average:
     """The averaged weights of a model: `module`, moved towards the model after every step.
 
-    The first update copies. Buffers are copied always.
+    The first update copies. Buffers are copied always; frozen weights are the same from the start.
 
     Args:
         model: what is averaged.
@@ -183,7 +183,9 @@ class Average:
     def __init__(self, model: nn.Module, decay: float, *, rate_on_device: bool = False) -> None:
         self.module = copy.deepcopy(model)
         self.decay, self.count = decay, 0
-        self._averaged, self._current = list(self.module.parameters()), list(model.parameters())
+        both = zip(self.module.parameters(), model.parameters(), strict=True)
+        moving = [(mine, theirs) for mine, theirs in both if theirs.requires_grad]
+        self._averaged, self._current = map(list, zip(*moving, strict=True))
         self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
         first = self._current[0]
         self._kept: Any = torch.zeros((), device=first.device) if rate_on_device else 0.0

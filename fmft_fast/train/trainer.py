@@ -81,6 +81,7 @@ class Trainer(ABC, Generic[ConfigT]):
             sight = cast_floats(LoaderBatches(data, seed=config.seed).next(), self._dtype)
         self._sight = self._choose_rows(sight)
         _probe(self._field, self._sight)
+        self._mean = sight[0].mean(0)
         self._heldout = None if kept is None else self._pair_heldout(self._choose_rows(kept))
         self._batches = self._source(data if rows is None else rows)
         self._prepare()
