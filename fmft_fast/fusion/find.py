@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from ..ops.contract import is_traced
 from .effects import Watch, check_module
 from .guards import CONTAINERS, UNREAD, Guards, snapshot
-from .opened import Opened
+from .opened import Opened, OpenedObject
 from .plan import BATCH_MATTERS, Plan, confirm, make_plan
 from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
 
@@ -118,8 +118,9 @@ def _identity(field: Any) -> tuple[Any, tuple, Any]:
     A function is known by its code and what it closes over, so that a lambda which is written
     anew for every solve is found again.
     """
-    if type(field) is Opened:
-        return _of_function(field.function)
+    if isinstance(field, Opened):
+        key, parts, rest = _identity(field.field)
+        return key, parts, ["opened", rest, field.name]
     if type(field) is functools.partial:
         key, parts, rest = _identity(field.func)
         more: list[Any] = []
@@ -148,8 +149,11 @@ def _of_function(f: FunctionType) -> tuple[Any, tuple, Any]:
 
 def _of_object(field: Any) -> tuple[Any, tuple, Any] | None:
     """As `_identity`, of an object that may be made anew for every solve around what stays."""
+    opened = None
+    if isinstance(field, OpenedObject):
+        field, opened = field.field, field.name
     scope = getattr(field, "__dict__", None)
-    if type(scope) is not dict or type(field) in _NAMED:
+    if type(scope) is not dict or isinstance(field, (*_NAMED, Opened)):
         return None
     parts: list[Any] = []
     inner, own = {}, scope
@@ -158,7 +162,8 @@ def _of_object(field: Any) -> tuple[Any, tuple, Any] | None:
             return None  # compiled by TorchScript, or with tensors of its own
         inner = scope["_modules"]
         own = {name: v for name, v in scope.items() if name not in UNREAD and name != "_modules"}
-    rest = [*inner, *own, _note((*inner.values(), *own.values()), parts)]
+    values = [v for name, v in own.items() if name != opened]
+    rest = [*inner, *own, opened, _note((*inner.values(), *values), parts)]
     return type(field), tuple(parts), rest
 
 
@@ -179,7 +184,7 @@ def _note(values: Sequence[Any], parts: list[Any]) -> list[Any]:
 
 
 _WHOLE = {int, float, str, bool, type(None)}
-_NAMED = {FunctionType, MethodType, functools.partial, Opened}  # found again by `_identity`
+_NAMED = (FunctionType, MethodType, functools.partial)  # found again by `_identity`
 
 
 def _find(
@@ -218,7 +223,8 @@ def _find(
     guards.release()
     found = [(key, parts, rest, guards)]
     if other is not None:
-        found.append((*other, guards.apart_from(field.__dict__, other[1])))
+        scope = (field.owner if isinstance(field, OpenedObject) else field).__dict__
+        found.append((*other, guards.apart_from(scope, other[1])))
     for key, parts, rest, guards in found:
         entry = _Entry(_weak(parts, key), about, rest, guards, result)
         entry.seen.add(y0.shape[:-1])
@@ -235,6 +241,8 @@ def _refusal(error: BaseException) -> NotFusable:
 
 
 def _check_root(field: Any) -> None:
+    if isinstance(field, OpenedObject):
+        field = field.owner
     if isinstance(field, nn.Module):
         for module in field.modules():
             check_module(module)
@@ -315,6 +323,6 @@ def _admit(entry: _Entry, field: Any, y0: Tensor, cond: Tensor | None) -> bool:
 def _blame(error: BaseException) -> str | None:
     """The innermost line of the user's in a traceback."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((TORCH, OWN)) and frame.lineno:
+        if not frame.filename.startswith((TORCH, *OWN)) and frame.lineno:
             return source_line(frame.filename, frame.lineno)
     return None

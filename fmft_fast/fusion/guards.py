@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .effects import HOOKS
-from .opened import Opened
+from .opened import Opened, OpenedObject
 from .refusal import TORCH, Refusal
 
 # Of a module's dictionary, what no evaluation reads.
@@ -140,6 +140,7 @@ class Guards:
         self._all = bool(self._names & {"getattr", "vars", "__dict__"})
         self._seen: dict[int, Any] = {}
         self._roots: set[int] = set()
+        self._condition: Any = None  # of which object which attribute may change
         self._classes: dict[type, None] = {}
         self._things: list[Any] = []
         self._kinds: list[type] = []
@@ -196,8 +197,11 @@ class Guards:
 
         That these are the same is what makes a field the same one.
         """
+        if isinstance(field, OpenedObject):
+            self._condition = (id(field.owner), field.name)
+            self.modules[id(field.twin)] = field.twin
         if isinstance(field, Opened):
-            field = field.function
+            field = field.field
         self._roots = {id(field), *map(id, parts)}
         if isinstance(field, functools.partial):
             self.walk(field.args, "a partial argument")
@@ -269,6 +273,7 @@ class Guards:
         keys = [
             k for k in scope if k in always or ((whole or k in self._names) and k not in unread)
         ]
+        keys = [k for k in keys if (id(value), k) != self._condition]
         self._scope(scope, keys, type(value).__name__)
 
     def _scope(self, scope: dict[str, Any], keys: list[str], shown: str) -> None:
