@@ -21,6 +21,7 @@ from .adaptive import (
     integrate_adaptive_dense,
     integrate_adaptive_until_event,
 )
+from .bdf import BDF2Stepper
 from .dense import DenseSolution, hermite_coefficients
 from .events import attach_event_gradient, combine_events
 from .fixed import (
@@ -63,7 +64,7 @@ def odeint(
         options: adaptive methods: first_step, safety, ifactor, dfactor, min_step, max_step,
             max_num_steps, dtype (of time), step_t, jump_t, norm. Fixed grids: step_size or
             grid_constructor (default: the steps lie between the given t), interp ("linear" or
-            "cubic"), perturb. Adams: also max_order, max_iters; implicit: max_iters.
+            "cubic"), perturb. Adams: also max_order, max_iters; implicit and bdf2: max_iters.
             scipy_solver: solver, min_step, max_step.
         event_fn: maps (t, y) to a tensor; the solve ends at its first change of sign. t then holds
             the initial time and any second time that gives the direction.
@@ -164,6 +165,8 @@ def make_stepper(problem: Problem) -> Stepper:
             max_iters=options.max_iters,
             perturb=options.perturb,
         )
+    if spec.family == "bdf":
+        return BDF2Stepper(field, problem.y0, perturb=options.perturb, max_iters=options.max_iters)
     assert spec.tableau is not None
     if spec.family == "implicit":
         return BroydenStepper(

@@ -25,6 +25,7 @@ _VALID_CALLBACKS: dict[Family, tuple[str, ...]] = {
     "fixed": CALLBACKS[:1],
     "implicit": CALLBACKS[:1],
     "adams": CALLBACKS[:1],
+    "bdf": CALLBACKS[:1],
     "scipy": (),
 }
 
@@ -170,7 +171,7 @@ class FixedOptions:
 
 @dataclass(frozen=True)
 class ImplicitOptions(FixedOptions):
-    """Options of the implicit Runge-Kutta methods."""
+    """Options of the implicit Runge-Kutta methods and of BDF2."""
 
     max_iters: int = 100
 
@@ -214,6 +215,7 @@ _OPTIONS: dict[Family, type] = {
     "fixed": FixedOptions,
     "implicit": ImplicitOptions,
     "adams": AdamsOptions,
+    "bdf": ImplicitOptions,
     "adaptive": AdaptiveOptions,
     "scipy": ScipyOptions,
 }

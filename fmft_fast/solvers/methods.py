@@ -12,7 +12,7 @@ from ..errors import UnknownMethodError
 from .implicit_tableaux import IMPLICIT_TABLEAUX
 from .tableau import Tableau
 
-Family = Literal["fixed", "adaptive", "implicit", "adams", "scipy"]
+Family = Literal["fixed", "adaptive", "implicit", "adams", "bdf", "scipy"]
 
 
 @dataclass(frozen=True)
@@ -361,6 +361,7 @@ METHODS: dict[str, Method] = {
     "gl6": Method("implicit", IMPLICIT_TABLEAUX["gl6"]),
     "sdirk2": Method("implicit", IMPLICIT_TABLEAUX["sdirk2"], diagonal=True),
     "trbdf2": Method("implicit", IMPLICIT_TABLEAUX["trbdf2"], diagonal=True),
+    "bdf2": Method("bdf"),
     "scipy_solver": Method("scipy"),
 }
 

@@ -60,7 +60,7 @@ def test_a_first_step_that_overflows_is_retried_with_a_smaller_one() -> None:
     assert 0 < y[-1].item() < 1
 
 
-@pytest.mark.parametrize("method", [*FIXED, "explicit_adams", "implicit_midpoint"])
+@pytest.mark.parametrize("method", [*FIXED, "explicit_adams", "implicit_midpoint", "bdf2"])
 def test_a_fixed_grid_warns_with_the_step_that_broke(method: str) -> None:
     def broken(t: Tensor, y: Tensor) -> Tensor:
         return torch.where(t > 0.62, torch.inf, 1.0) * torch.ones_like(y)
