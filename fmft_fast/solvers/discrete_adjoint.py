@@ -28,7 +28,7 @@ from ..ops.backend import StepKernels
 from .fixed import Step
 from .graphs import find_graphs
 from .inputs import expand_result
-from .replay import KnownTensors, Surroundings, without_hooks
+from .replay import GradientSums, KnownTensors, Surroundings, vjp, without_hooks
 from .tableau import Tableau
 
 
@@ -195,7 +195,7 @@ class _Backward:
             assert self.cond is not None
             self.leaves.append(self.cond.requires_grad_())
         self.known = KnownTensors(self.leaves)
-        self.sums: list[Tensor | None] = [None] * len(self.leaves)
+        self.sums = GradientSums(len(self.leaves))
         self.grid_device = ctx.grid_device
         self.time_wanted = self.table_grad or (self.grid_grad and self.plan.own_times)
         self.time_bars: list[list[Tensor]] = []
@@ -209,7 +209,7 @@ class _Backward:
         lam = self.replayed(grad)
         if lam is None:
             lam = self.all_steps_back(grad)
-        sums = iter(self.sums)
+        sums = iter(self.sums.totals)
         params = [next(sums) if wanted else None for wanted in self.params_grad]
         cond = next(sums) if self.cond_grad else None
         cast = [g if g is None else g.to(p.dtype) for g, p in zip(params, self.params, strict=True)]
@@ -228,7 +228,7 @@ class _Backward:
         found = graphs and graphs.backward(grad, self.inputs, self.leaves, self.cond_grad)
         if found is None:
             return None
-        lam, self.sums = found
+        lam, self.sums.totals = found
         return lam
 
     def all_steps_back(self, grad: Tensor) -> Tensor:
@@ -290,11 +290,11 @@ class _Backward:
         inputs = [*self.leaves, *((y,) if y_wanted else ()), *((t,) if time_wanted else ())]
         grads: list[Tensor | None] = [None] * len(inputs)
         if k.requires_grad and inputs:
-            grads = self.vjp(k, inputs, k_bar)
+            grads = vjp([k], inputs, [k_bar])
         if time_wanted and (time_bar := grads.pop()) is not None:
             self.time_bars[n][i] = time_bar
         y_bar = grads.pop() if y_wanted else None
-        self.add(grads)
+        self.sums.add(grads)
         return torch.zeros_like(k_bar) if y_bar is None else y_bar, k.detach()
 
     def check(self, n: int, i: int, k: Tensor, t: Tensor, y: Tensor) -> None:
@@ -305,39 +305,6 @@ class _Backward:
             if n == len(self.plan.h) - 1 and self.around.last is not self.around.first:
                 self.around.check(k, self.around.last)
             self.known.refuse_lost(k, t, y)
-
-    @staticmethod
-    def vjp(k: Tensor, inputs: list[Tensor], k_bar: Tensor) -> list[Tensor | None]:
-        """k_bar^T dk/dinputs."""
-        try:
-            return list(torch.autograd.grad(k, inputs, k_bar.to(k.dtype), allow_unused=True))
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise GradientError(
-                "the field uses a tensor that was computed from its parameters before the solve "
-                "(or is cached between evaluations). Give it as cond= or in params=, compute it "
-                'inside the field, or use gradient="backprop"'
-            ) from error
-
-    def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Add to the sums; half-precision gradients are summed in float32."""
-        fresh, sums, terms = [], [], []
-        for j, grad in enumerate(grads):
-            if grad is None:
-                continue
-            total = self.sums[j]
-            if total is None:
-                fresh.append((j, grad))
-            else:
-                sums.append(total)
-                terms.append(grad)
-        if sums:
-            torch._foreach_add_(sums, terms)  # pyright: ignore[reportPrivateImportUsage]
-        for j, grad in fresh:
-            half = grad.dtype in (torch.float16, torch.bfloat16)
-            # A copy: autograd may hand out one tensor for several inputs.
-            self.sums[j] = grad.float() if half else grad.clone()
 
     def stacked_time_bars(self) -> Tensor:
         """dL/dtable [N, s, ...]."""

@@ -41,18 +41,17 @@ def solve(
             nn.Module; its parameters get gradients.
         x0: initial state of any shape, real or complex; bf16 and fp16 are integrated in float32.
         t0, t1: initial and final time, numbers or 0-d tensors; t1 < t0 integrates backwards.
-        method: explicit Runge-Kutta methods have all gradients; the other names in
-            `fmft_fast.METHODS` work with gradient="backprop", "continuous" or "none" (scipy_solver
-            not with "backprop").
+        method: a name in `fmft_fast.METHODS`; scipy_solver has gradient="continuous" and "none"
+            only.
         steps: number of equal steps, or a strictly monotonic grid [N + 1] of times, which replaces
             t0 and t1. With tolerances a grid gives the times that the steps must meet.
         rtol, atol: tolerances; giving one makes the steps adaptive (default of the other: 1e-5).
         gradient: "discrete": the exact gradient of the computed solution, in memory
-            O(steps x state); the field is evaluated once more in the backward pass. Dropout masks
-            are repeated, and so are changes of buffers (batch or spectral norm) if the field is
-            the nn.Module itself and not a function around it. "continuous": the adjoint ODE,
-            approximate. "backprop": an ordinary graph of everything, differentiable twice.
-            "none": no graph.
+            O(steps x state); the backward pass takes the steps once more (with their equations,
+            where the method is implicit). Dropout masks are repeated, and so are changes of buffers
+            (batch or spectral norm) if the field is the nn.Module itself and not a function around
+            it. "continuous": the adjoint ODE, approximate. "backprop": an ordinary graph of
+            everything, differentiable twice. "none": no graph.
         save: "final" state, or "all" states: the ends of the steps (with tolerances and a grid: the
             states on the grid).
         backend: kernels of the step ops: "auto", "reference", "cpu", "triton" or "cuda".

@@ -23,7 +23,13 @@ MAX_EVENT_STEPS = 20_000
 
 
 class Stepper(Protocol):
-    """One step of a fixed-grid method."""
+    """One step of a fixed-grid method.
+
+    Attributes:
+        history: what a step needs besides the state; it may be read and put back between steps.
+    """
+
+    history: tuple[Tensor, ...]
 
     def step(self, t0: Tensor, t1: Tensor, h: Step, y: Tensor) -> tuple[Tensor, Tensor]:
         """From (t0, y) to t1 = t0 + h: the new state and the slope at (t0, y)."""
@@ -67,6 +73,8 @@ def stage_times(tableau: Tableau, t: Tensor, dtype: torch.dtype, perturb: bool =
 
 class RKStepper:
     """Explicit Runge-Kutta steps."""
+
+    history: tuple[Tensor, ...] = ()
 
     def __init__(
         self, field: NormalisedField, tableau: Tableau, kernels: StepKernels, perturb: bool = False
@@ -187,20 +195,22 @@ def integrate_fixed(
             else:
                 solution[j] = y + (problem.t[j] - t0) / (t1 - t0) * (y1 - y)
         y = y1
-    if y.device.type == "cpu" and not is_traced():
-        if not bool(torch.isfinite(y).all()):
-            _warn_non_finite(problem, make_stepper(), grid)
+    warn_non_finite(problem, make_stepper, grid, y)
     return torch.stack(solution), grid
 
 
 @torch.no_grad()
-def _warn_non_finite(problem: Problem, stepper: Stepper, grid: Grid) -> None:
-    """Repeat the solve, now with a look at every state, to name the step that broke."""
+def warn_non_finite(
+    problem: Problem, make_stepper: Callable[[], Stepper], grid: Grid, end: Tensor
+) -> None:
+    """Where the final state is not finite, on the host, repeat the solve to name the step."""
+    if end.device.type != "cpu" or is_traced() or bool(torch.isfinite(end).all()):
+        return
     y, where = problem.y0, "somewhere (a second run stayed finite: is the field random?)"
     if not bool(torch.isfinite(y).all()):
         where = "in y0 already"
     else:
-        for n, take_step in enumerate(grid.steps_of(stepper)):
+        for n, take_step in enumerate(grid.steps_of(make_stepper())):
             y, f0 = take_step(y)
             if not bool(torch.isfinite(y).all()):
                 source = "state" if bool(torch.isfinite(f0).all()) else "field at its start"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
@@ -71,6 +70,9 @@ class AdamsStepper:
             warns and drops the oldest slope.
         perturb: evaluate at the start of a step just after and at its end just before its time.
 
+    Attributes:
+        history: the slopes at the starts of the steps so far, the newest first.
+
     Raises:
         InputError: `max_order` is above 12.
     """
@@ -101,7 +103,8 @@ class AdamsStepper:
         self.max_iters = max_iters
         self.start_perturb = Perturb.NEXT if perturb else Perturb.NONE
         self.end_perturb = Perturb.PREV if perturb else Perturb.NONE
-        self.slopes: deque[Tensor] = deque(maxlen=max(int(max_order) - 1, 0))  # newest first
+        self.max_slopes = max(int(max_order) - 1, 0)
+        self.history: tuple[Tensor, ...] = ()
 
     def step(self, t0: Tensor, t1: Tensor, h: Tensor | float, y: Tensor) -> tuple[Tensor, Tensor]:
         """Advance from t0 to t1 = t0 + h; the steps of a solve have to come in order.
@@ -116,8 +119,8 @@ class AdamsStepper:
             The state at t1 and the slope at t0, both [*state].
         """
         f0 = self.func(t0, y, perturb=self.start_perturb)
-        self.slopes.appendleft(f0)
-        known = len(self.slopes)
+        self.history = (f0, *self.history)[: self.max_slopes]
+        known = len(self.history)
         if known < MIN_ORDER - 1:
             return y + self._kutta_increment(t0, t1, h, y, f0), f0
         increment = h * self._weighted_sum(adams_weights(known, implicit=False))
@@ -126,7 +129,7 @@ class AdamsStepper:
         return y + increment, f0
 
     def _correct(self, t1: Tensor, h: Tensor | float, y: Tensor, increment: Tensor) -> Tensor:
-        weight_new, *weights = adams_weights(len(self.slopes) + 1, implicit=True)
+        weight_new, *weights = adams_weights(len(self.history) + 1, implicit=True)
         from_history = h * self._weighted_sum(weights)
         for _ in range(self.max_iters):
             previous = increment
@@ -135,7 +138,7 @@ class AdamsStepper:
             if self._converged(previous, increment):
                 return increment
         warnings.warn(NOT_CONVERGED, stacklevel=6)  # the caller of odeint
-        self.slopes.pop()
+        self.history = self.history[:-1]
         return increment
 
     @torch.no_grad()
@@ -144,8 +147,8 @@ class AdamsStepper:
         return bool(((previous - increment).abs() / scale).max() < 1)  # sync: ends the iteration
 
     def _weighted_sum(self, weights: tuple[float, ...] | list[float]) -> Tensor:
-        total = weights[0] * self.slopes[0]
-        for weight, slope in zip(weights[1:], list(self.slopes)[1:], strict=True):
+        total = weights[0] * self.history[0]
+        for weight, slope in zip(weights[1:], self.history[1:], strict=True):
             total = torch.add(total, slope, alpha=weight)
         return total
 

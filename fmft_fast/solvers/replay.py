@@ -226,6 +226,49 @@ def _walk(edges: list[Any], ends: Any, met: set) -> Iterator[tuple[Any, Tensor |
         edges.extend(node.next_functions)
 
 
+def vjp(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """bars^T doutputs/dinputs; None where nothing depends on an input."""
+    bars = [bar.to(out.dtype) for out, bar in zip(outputs, bars, strict=True)]
+    try:
+        return list(torch.autograd.grad(outputs, inputs, bars, allow_unused=True))
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise GradientError(
+            "the field uses a tensor that was computed from its parameters before the solve "
+            "(or is cached between evaluations). Give it as cond= or in params=, compute it "
+            'inside the field, or use gradient="backprop"'
+        ) from error
+
+
+class GradientSums:
+    """Gradients of some tensors, added up; those of half precision in float32."""
+
+    def __init__(self, count: int):
+        self.totals: list[Tensor | None] = [None] * count
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add one gradient to each sum; None is zero."""
+        fresh, sums, terms = [], [], []
+        for j, grad in enumerate(grads):
+            if grad is None:
+                continue
+            total = self.totals[j]
+            if total is None:
+                fresh.append((j, grad))
+            else:
+                sums.append(total)
+                terms.append(grad)
+        if sums:
+            torch._foreach_add_(sums, terms)  # pyright: ignore[reportPrivateImportUsage]
+        for j, grad in fresh:
+            half = grad.dtype in (torch.float16, torch.bfloat16)
+            # A copy: autograd may hand out one tensor for several inputs.
+            self.totals[j] = grad.float() if half else grad.clone()
+
+
 @contextmanager
 def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Keep the gradient hooks of tensors from running: they are for the whole gradient.

@@ -19,13 +19,14 @@ from .accepted_steps import find_accepted_steps
 from .adaptive import AdaptiveSolver
 from .continuous_adjoint import find_parameters, odeint_adjoint
 from .discrete_adjoint import DiscretePlan, DiscreteSolve, StageField
-from .drop_in import odeint
+from .drop_in import make_stepper, odeint
 from .fixed import stage_times, step_sizes
 from .graphs import find_graphs
 from .inputs import Problem, direction_of, normalise, real_dtype
 from .methods import find_method
 from .replay import KnownTensors
 from .stats import SolveStats, record_stats, report
+from .stepwise_adjoint import StepwisePlan, solve_stepwise
 from .tableau import Tableau
 from .whole_solve import (
     find_route,
@@ -166,17 +167,26 @@ class SolveRequest:
                 "lay out the steps by steps=N or a grid of times"
             )
         if self.gradient == "discrete" and self.tableau is None:
-            raise GradientError(
-                f"the discrete adjoint is for explicit Runge-Kutta methods, got {self.method}: use "
-                'gradient="backprop", "continuous" or "none"'
-            )
-        if self.gradient == "backprop" and family == "scipy":
+            self._check_stepwise()
+        if self.gradient in ("discrete", "backprop") and family == "scipy":
             raise GradientError(
                 f"{self.method} works outside of torch and has no graph: use "
                 'gradient="continuous" or "none"'
             )
         if self.gradient == "continuous" and family == "adaptive" and not self.adaptive:
             raise InputError(f'gradient="continuous" with {self.method} needs rtol and atol')
+
+    def _check_stepwise(self) -> None:
+        """Look for what the discrete adjoint of methods without explicit stages does not take."""
+        if "step_size" in self.options:
+            raise InputError(
+                f"the discrete adjoint of {self.method} steps from time to time: lay out the steps "
+                "by steps=N or a grid of times instead of option step_size"
+            )
+        if self.checkpoint_every:
+            raise InputError(
+                f"checkpoint_every is for explicit Runge-Kutta methods, got {self.method}"
+            )
 
     @property
     def adaptive(self) -> bool:
@@ -198,15 +208,17 @@ class SolveRequest:
     def by_odeint(self) -> Solution:
         """Solve by the torchdiffeq-compatible functions, over the grid or the given times."""
         t = make_grid(self.t0, self.t1, self.steps).to(self.x0.device)
-        common: dict[str, Any] = {"method": self.method, "options": self.options}
-        if self.adaptive:
-            common |= self.tolerances
+        tolerances = self.tolerances if self.adaptive else {"rtol": 1e-7, "atol": 1e-9}
+        common: dict[str, Any] = {"method": self.method, "options": self.options, **tolerances}
+        params = (*self.params, *(() if self.cond is None else (self.cond,)))
         with record_stats() as log:
             if self.gradient == "continuous":
                 self._refuse_lost_gradients(t[0])
-                extra = () if self.cond is None else (self.cond,)
-                common["adjoint_params"] = (*self.params, *extra)
-                y = odeint_adjoint(self.call, self.x0, t, **common)
+                y = odeint_adjoint(self.call, self.x0, t, **common, adjoint_params=params)
+            elif self.gradient == "discrete" and self.keeps_graph and not is_transformed():
+                problem = normalise(self.call, self.x0, t, **common)
+                y = solve_stepwise(StepwisePlan(problem, make_stepper), params)
+                y = problem.restore(y, (len(t),))
             else:
                 with torch.set_grad_enabled(self.keeps_graph):
                     y = odeint(self.call, self.x0, t, **common)

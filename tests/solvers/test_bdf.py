@@ -11,7 +11,7 @@ import torch
 from problems import PROBLEMS, NeuralField, random_state
 from torch import Tensor
 
-from fmft_fast import odeint, odeint_adjoint, odeint_dense, odeint_event, record_stats
+from fmft_fast import odeint, odeint_adjoint, odeint_dense, odeint_event, record_stats, solve
 from fmft_fast.errors import NonFiniteWarning
 from fmft_fast.solvers.bdf import BDF2Stepper
 from fmft_fast.solvers.implicit import NOT_CONVERGED
@@ -230,6 +230,7 @@ def test_the_step_that_breaks_is_named() -> None:
     def broken(t: Tensor, y: Tensor) -> Tensor:
         return torch.where(t > 0.62, torch.inf, 1.0) * torch.ones_like(y)
 
-    with pytest.warns(NonFiniteWarning, match="step 6 of 10"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NOT_CONVERGED)
-        odeint(broken, torch.ones(2, dtype=F64), even(10), method="bdf2")
+    for run in (odeint, lambda f, y, t, method: solve(f, y, steps=t, method=method)):
+        with pytest.warns(NonFiniteWarning, match="step 6 of 10"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=NOT_CONVERGED)
+            run(broken, torch.ones(2, dtype=F64), even(10), method="bdf2")

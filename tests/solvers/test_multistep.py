@@ -144,11 +144,11 @@ def test_step_without_convergence_warns_and_forgets_the_oldest_slope():
     stepper = make_stepper(NeuralField(), y0, implicit=True, max_iters=1, rtol=1e-14, atol=1e-14)
     t = torch.linspace(0, 1, 6, dtype=torch.float64)
     y = integrate(stepper, t[:3], y0)
-    assert len(stepper.slopes) == 2
+    assert len(stepper.history) == 2
     for t0, t1 in zip(t[2:-1], t[3:], strict=True):
         with pytest.warns(UserWarning, match=NOT_CONVERGED):
             y, _ = stepper.step(t0, t1, t1 - t0, y)
-        assert len(stepper.slopes) == 2
+        assert len(stepper.history) == 2
 
 
 @pytest.mark.parametrize("implicit", [False, True])
