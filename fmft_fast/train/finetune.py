@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fmft_fast.analysis import path_ratio
 from fmft_fast.fields import Residual
 from fmft_fast.flow.couplings import Pairs
 from fmft_fast.flow.losses import flow_matching_loss, reconstruction_loss
@@ -25,7 +26,6 @@ from fmft_fast.train.monitors import (
     OverfittingSpike,
     VarianceCollapse,
     interplay,
-    path_ratio,
     spread,
 )
 from fmft_fast.train.trainer import Data, Evaluate, Trainer

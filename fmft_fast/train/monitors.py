@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmft_fast.errors import InputError
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -191,27 +189,6 @@ class Cancellation(Monitor):
             f"the field and its branch cancel {value:.0%} of their energy (cosine "
             f"{metrics['cosine']:.2f}, size of the branch {metrics['delta_size']:.2f})"
         )
-
-
-def path_ratio(trajectory: Tensor) -> float:
-    """Give mean path length / mean displacement: 1 for straight lines, more for curved ones.
-
-    Args:
-        trajectory: states along the solve, [steps + 1, batch, *state].
-
-    Example:
-        >>> path_ratio(torch.tensor([0.0, 1.0, 2.0]).reshape(3, 1, 1))
-        1.0
-    """
-    if trajectory.ndim < 3 or len(trajectory) < 2:
-        raise InputError(
-            f"expected a trajectory [steps + 1, batch, *state], got {list(trajectory.shape)}; "
-            f'solve with save="all"'
-        )
-    states = trajectory.flatten(2).double()
-    length = states.diff(dim=0).norm(dim=2).sum(0).mean()
-    displacement = (states[-1] - states[0]).norm(dim=1).mean()
-    return float(length / displacement.clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def spread(samples: Tensor, data: Tensor) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import toys
 
-from fmft_fast.errors import CouplingWarning, InputError
+from fmft_fast.errors import CouplingWarning
 from fmft_fast.train import (
     CurvatureGrowth,
     FinetuneConfig,
@@ -18,7 +18,7 @@ from fmft_fast.train import (
     VarianceCollapse,
     read_metrics,
 )
-from fmft_fast.train.monitors import path_ratio, spread
+from fmft_fast.train.monitors import spread
 
 
 def feed(monitor, rows):
@@ -71,17 +71,6 @@ def test_restored_monitor_goes_on_as_the_first_did(monitor):
     feed(first, rows[:4])
     second.load_state(first.state())
     assert feed(second, rows[4:]) == feed(first, rows[4:])
-
-
-def test_path_ratio_is_one_on_a_line_and_pi_half_on_a_half_circle():
-    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    line = (t[:, None, None] * torch.tensor([[3.0, -4.0]])).double()
-    assert path_ratio(line) == pytest.approx(1)
-    angle = torch.pi * t
-    circle = torch.stack([angle.cos(), angle.sin()], 1)[:, None]
-    assert path_ratio(circle) == pytest.approx(torch.pi / 2, rel=1e-5)
-    with pytest.raises(InputError, match='save="all"'):
-        path_ratio(torch.zeros(4, 2))
 
 
 def test_spread_is_the_ratio_of_standard_deviations():
