@@ -51,6 +51,10 @@ class CheckpointError(FmftError, RuntimeError):
     """A checkpoint is corrupt, incomplete or belongs to another model."""
 
 
+class CertificateError(FmftError, ArithmeticError):
+    """A guarantee was asked for that does not hold, or that cannot be shown in this precision."""
+
+
 class ConfigError(FmftError, ValueError):
     """A configuration key or value is not understood."""
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contraction import BRANCH_ACTIVATIONS, START, cayley, positive, quasi_triangular
+from fmft_fast.ops.cayley import cayley
+
+from .contraction import BRANCH_ACTIVATIONS, START, positive, quasi_triangular
 from .contraction import skew as skew_of
 
 LEAST_GAIN = 1e-4  # of schur-cayley, which divides by gains
@@ -61,6 +63,12 @@ class Branch(nn.Module):
         if self.offset is None:
             return F.linear(f(F.linear(y, d)), a)
         return F.linear(f(F.linear(y, d, self.offset)), a, -(a @ f(self.offset)))
+
+    @torch.enable_grad()
+    def slopes(self, z: Tensor) -> Tensor:
+        """f'(z), of the shape of z."""
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(BRANCH_ACTIVATIONS[self.activation].f(z).sum(), z)[0]
 
     def extra_repr(self) -> str:
         """Show what cannot be seen from the parameters."""

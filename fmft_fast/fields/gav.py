@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmft_fast.errors import InputError
+from fmft_fast.errors import CertificateError, InputError
+from fmft_fast.ops.cayley import cayley
 
 from .branches import CONSTRUCTIONS, Branch, Metric, Weights
-from .contraction import BRANCH_ACTIVATIONS, START, cayley, positive, skew
+from .certificate import Certificate, Sector, Verification, certify, measure
+from .contraction import BRANCH_ACTIVATIONS, START, positive, skew
 
 WIDTH = 128
 _CENTERS = (None, "learned", "condition")
@@ -158,18 +160,20 @@ class GAV(nn.Module):
             x: states, [batch, *shape].
             cond: conditions [batch, cond_dim]; ignored unless the centre depends on them.
         """
+        delta = self.evaluate(self.relative(x, cond))
+        return delta if len(self.shape) == 1 else delta.reshape(x.shape)
+
+    def relative(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """X - b of states [batch, *shape], flattened to [batch, dim]."""
         if tuple(x.shape[-len(self.shape) :]) != self.shape:
             raise InputError(f"x must be [batch, {_shown(self.shape)}], got {list(x.shape)}")
         y = x if len(self.shape) == 1 else x.flatten(-len(self.shape))
-        if self.center_map is not None:
-            if cond is None or cond.shape[-1] != self.cond_dim:
-                got = "none" if cond is None else list(cond.shape)
-                raise InputError(f"cond must be [batch, {self.cond_dim}], got {got}")
-            y = y - F.linear(cond, self.center_map, self.center)
-        elif self.center is not None:
-            y = y - self.center
-        delta = self.evaluate(y)
-        return delta if len(self.shape) == 1 else delta.reshape(x.shape)
+        if self.center_map is None:
+            return y if self.center is None else y - self.center
+        if cond is None or cond.shape[-1] != self.cond_dim:
+            got = "none" if cond is None else list(cond.shape)
+            raise InputError(f"cond must be [batch, {self.cond_dim}], got {got}")
+        return y - F.linear(cond, self.center_map, self.center)
 
     def evaluate(self, y: Tensor) -> Tensor:
         """Delta as a function of y = x - b, both [batch, dim]."""
@@ -182,6 +186,79 @@ class GAV(nn.Module):
         for j, branch in enumerate(self.branches):
             delta = delta + branch(weights[j], y)
         return delta
+
+    @torch.no_grad()
+    def certificate(self) -> Certificate:
+        """What is guaranteed of this field with its present weights; O(dim^3).
+
+        Raises:
+            CertificateError: the construction guarantees nothing, or the rounding of the weights
+                to their dtype is larger than the rate; names the parameter to look at.
+        """
+        if not all(branch.guaranteed for branch in self._branches()):
+            raise CertificateError(
+                f"{self.construction} guarantees nothing: A_j Hurwitz does not make A_j f(D_j x) "
+                'contract for a free D_j; choose "schur-cayley", "collocated" or "lmi"'
+            )
+        a0, sectors, p = self._exact()
+        found = certify(a0, sectors, p)
+        if not found.rate > 0:
+            name, size = max(self._sizes().items(), key=lambda item: item[1])
+            raise CertificateError(
+                f"expected a positive contraction rate, got {found.rate:.3g} where exact weights "
+                f"give at least {float(self.least_rate()):.3g}: rounding to {self.damping.dtype} "
+                f"took it away; the largest parameter is {name} (norm {size:.3g}): make it "
+                "smaller, raise `rate`, or use float64"
+            )
+        return found
+
+    def verify(self, samples: Tensor, cond: Tensor | None = None) -> Verification:
+        """Measure Jacobians at states [batch, *shape] and compare them with the certificate.
+
+        Raises:
+            CertificateError: as `certificate`.
+        """
+        return measure(self.jacobian(samples, cond), self.certificate())
+
+    @torch.no_grad()
+    def jacobian(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The Jacobian in x, [batch, dim, dim], in float64 for the weights as they are."""
+        y = self.relative(x, cond).double().reshape(-1, self.dim)
+        a0, sectors, _ = self._exact()
+        jacobian = a0.expand(len(y), -1, -1)
+        for branch, (a, d, _, _) in zip(self._branches(), sectors, strict=True):
+            z = y @ d.T if branch.offset is None else y @ d.T + branch.offset.double()
+            jacobian = jacobian + (a * branch.slopes(z)[:, None, :]) @ d
+        return jacobian
+
+    def _exact(self) -> tuple[Tensor, list[Sector], Tensor | None]:
+        """The weights that `forward` uses as float64: A_0, the branches, and P."""
+        for name, p in self.named_parameters():
+            if not torch.isfinite(p).all():
+                raise CertificateError(f"{name} has NaN or infinite entries; restore a checkpoint")
+        left, right = self.linear()
+        a0 = left.double()
+        if right is not None:
+            one = torch.eye(self.dim, dtype=torch.float64, device=a0.device)
+            a0 = a0 @ right.double() - self.least_rate().double() * one
+        sectors = []
+        for branch, (a, d, gain) in zip(self._branches(), self.weights(), strict=True):
+            sectors.append(Sector(a.double(), d.double(), gain.double(), branch.slope))
+        metric = self.metric()
+        return a0, sectors, None if metric is None else metric[0].double()
+
+    def _branches(self) -> list[Branch]:
+        return list(self.branches)  # type: ignore[arg-type]
+
+    def _sizes(self) -> dict[str, float]:
+        """Norms of the parameters as they enter the weights, by name."""
+        squared = ("damping", "directions", "outputs", "triangle")
+        sizes = {}
+        for name, p in self.named_parameters():
+            if not name.endswith(("offset", "center", "center_map")):
+                norm = float(p.double().norm())
+                sizes[name] = norm**2 if name.endswith(squared) else norm
+        return sizes
 
     def extra_repr(self) -> str:
         """Show what cannot be seen from the branches."""
