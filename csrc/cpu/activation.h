@@ -1,5 +1,7 @@
 // Activations on vectors. Every exponential is of a number that is not positive, so none overflows.
 #pragma once
+#include <limits>
+
 #include "activation_kind.h"
 #include "vector.h"
 
@@ -12,7 +14,7 @@ struct Constants;
 
 // exp(r) = 1 + r + r^2 q(r) for |r| <= log(2) / 2; ln2_high has few bits, so that n ln2_high is exact.
 // erfc(x) = t exp(-x^2) p(2 t - 1) with t = 1 / (1 + x / 2) for x >= 0.
-// atanh(s) = s g(s^2) for s <= 1/3. All by interpolation at Chebyshev nodes.
+// atanh(s) = s + s^3 g(s^2) for s <= 1/3. All by interpolation at Chebyshev nodes.
 template <>
 struct Constants<float> {
   static constexpr float shift = 0x1.8p23f, lowest = -87.33654f, log2e = 1.44269504f;
@@ -23,7 +25,7 @@ struct Constants<float> {
       0.510791353f,    0.343580306f,    0.139735935f,   0.0182218641f,    -0.0107532958f,
       -0.00324423206f, 0.00153399689f,  0.000431822488f, -0.00030511538f, -3.71660531e-05f,
       4.45396396e-05f};
-  static constexpr float atanh[] = {1.0f, 0.333331608f, 0.200122976f, 0.139825789f, 0.140788892f};
+  static constexpr float atanh[] = {0.333331608f, 0.200122976f, 0.139825789f, 0.140788892f};
 };
 
 template <>
@@ -47,7 +49,6 @@ struct Constants<double> {
       -5.3252695260137601e-08, 1.0353970865267596e-08, 6.9293142546033557e-09,
       -2.5816114417791724e-09};
   static constexpr double atanh[] = {
-      1.0,
       0.33333333333333076,
       0.20000000000092874,
       0.14285714272727057,
@@ -109,6 +110,42 @@ inline Vector<T> tanh_of(Vector<T> x) {
   const Vector<T> e = Exponential<T>(T(-2) * magnitude_of<T>(x)).minus_one();
   const Vector<T> y = e / (e + T(2));  // -tanh |x|
   return x < T(0) ? y : -y;
+}
+
+// log(1 + v) = 2 atanh(s) with s = v / (2 + v), for 0 <= v <= 1.
+template <class T>
+inline Vector<T> log_of_one_and(Vector<T> v) {
+  const Vector<T> s = v / (v + T(2)), t = s * s;
+  return v - s * (v - T(2) * t * polynomial(t, Constants<T>::atanh));
+}
+
+// asinh(x) = log(w) for w = 1 + v = |x| + root, where root = sqrt(1 + x^2): up to w = 2 as log(1 + v) from
+// v, which is small where |x| is; beyond as k log(2) + log(1 + v) with w = 2^k (1 + v). Where x^2 could
+// overflow, root is |x| to the last bit, and w / 2 is |x|.
+template <class T>
+inline Vector<T> asinh_of(Vector<T> x, Vector<T>& root) {
+  using N = Constants<T>;
+  using V = Vector<T>;
+  using Bits = typename Lanes<T>::Mask;
+  using Bit = typename Lanes<T>::Bits;
+  constexpr T exact = static_cast<T>(Bit(1) << N::mantissa);
+  constexpr T far = static_cast<T>(Bit(1) << (N::mantissa / 2 + 2));
+  const V size = magnitude_of<T>(x);
+  root = sqrt_of<T>(size * size + T(1));
+  root = size > far ? size : root;
+  V v = size * (size / (root + T(1))) + size;
+  const V w = size > far ? size : v + T(1);
+  const Bits bits = reinterpret_cast<Bits>(w);
+  const Bits digits = bits & ((Bit(1) << N::mantissa) - 1);
+  const V one = broadcast(T(1));
+  // The exponent as a number: it is put into the last digits of 2^mantissa.
+  V k = reinterpret_cast<V>((bits >> N::mantissa) | reinterpret_cast<Bits>(broadcast(exact)));
+  k -= exact + N::bias;
+  v = k > T(0) ? reinterpret_cast<V>(digits | reinterpret_cast<Bits>(one)) - T(1) : v;
+  k = size > far ? k + T(1) : k;
+  V y = k * N::ln2_high + (k * N::ln2_low + log_of_one_and<T>(v));
+  y = size < std::numeric_limits<T>::infinity() ? y : size;  // keeps NaN
+  return x < T(0) ? -y : y;
 }
 
 // sigmoid(x) and 1 - sigmoid(x), both to full precision.
@@ -186,13 +223,26 @@ inline Vector<T> activate(Vector<T> z, T parameter, Vector<T>& slope) {
     const Sigmoid<T> s(z);
     if (Slopes) slope = s.value * s.rest;
     return s.value;
+  } else if constexpr (A == Activation::softsign) {
+    const V r = T(1) / (magnitude_of<T>(z) + T(1));
+    if (Slopes) slope = r * r;
+    return z * r;
+  } else if constexpr (A == Activation::asinh) {
+    V root;
+    const V y = asinh_of<T>(z, root);
+    if (Slopes) slope = T(1) / root;
+    return y;
+  } else if constexpr (A == Activation::clipped_cube) {
+    V c = z > T(1) ? one : z;
+    c = c < T(-1) ? -one : c;
+    const V square = c * c;
+    if (Slopes) slope = T(3) * square;
+    return square * c + T(3) * (z - c);
   } else {
     const V x = z * parameter;
     const V e = exp_of<T>(-magnitude_of<T>(x));
-    const V s = e / (e + T(2));
-    const V log = T(2) * s * polynomial(s * s, Constants<T>::atanh);  // log(1 + e)
     if (Slopes) slope = x > T(20) ? one : (x < T(0) ? e : one) / (e + T(1));
-    return x > T(20) ? z : ((x > T(0) ? x : V{}) + log) / parameter;
+    return x > T(20) ? z : ((x > T(0) ? x : V{}) + log_of_one_and<T>(e)) / parameter;
   }
 }
 
@@ -214,6 +264,9 @@ inline Vector<T> slope_of(Vector<T> value, T parameter) {
     return one - value * value;
   } else if constexpr (A == Activation::sigmoid) {
     return value - value * value;
+  } else if constexpr (A == Activation::softsign) {
+    const V r = one - magnitude_of<T>(value);
+    return r * r;
   } else if constexpr (A == Activation::softplus) {
     const V x = value * parameter;
     return x > T(20) ? one : -Exponential<T>(-x).minus_one();
@@ -242,6 +295,9 @@ inline void with_activation(Activation activation, Run run) {
     case Activation::tanh: return run(Kind<Activation::tanh>{});
     case Activation::sigmoid: return run(Kind<Activation::sigmoid>{});
     case Activation::softplus: return run(Kind<Activation::softplus>{});
+    case Activation::softsign: return run(Kind<Activation::softsign>{});
+    case Activation::asinh: return run(Kind<Activation::asinh>{});
+    case Activation::clipped_cube: return run(Kind<Activation::clipped_cube>{});
   }
 }
 

@@ -16,6 +16,9 @@ enum class Activation : int {
   tanh,
   sigmoid,
   softplus,
+  softsign,
+  asinh,
+  clipped_cube,
 };
 
 // Whether the derivative is a function of the value, so that z need not be kept.
@@ -24,6 +27,8 @@ constexpr bool slope_from_value(Activation activation, double parameter) {
     case Activation::silu:
     case Activation::gelu:
     case Activation::gelu_tanh:
+    case Activation::asinh:
+    case Activation::clipped_cube:
       return false;
     case Activation::leaky_relu:
     case Activation::elu:

@@ -1,6 +1,7 @@
 // Vectors of the instruction set that this file is compiled for, by the vector extension of GCC and
 // Clang: one source serves every width.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -70,6 +71,15 @@ inline void store(T* to, Vector<T> v, int count) {
 template <class T>
 inline Vector<T> broadcast(T x) {
   return x - Vector<T>{};  // not a sum: x - 0 is x for every x, so that it costs nothing
+}
+
+// A loop that every compiler makes one instruction of: the vector extension of GCC has no square root.
+template <class T>
+inline Vector<T> sqrt_of(Vector<T> x) {
+  T lanes[Lanes<T>::count];
+  store<T>(lanes, x);
+  for (T& lane : lanes) lane = std::sqrt(lane);
+  return load(lanes);
 }
 
 // One level of the sum of many vectors: blocks of W lanes of a and of b, each folded to W lanes.

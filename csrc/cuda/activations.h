@@ -12,7 +12,8 @@ struct Constant {
 };
 
 enum class Activation : int {
-  identity, relu, leaky_relu, elu, selu, silu, gelu, gelu_tanh, tanh, sigmoid, softplus
+  identity, relu, leaky_relu, elu, selu, silu, gelu, gelu_tanh, tanh, sigmoid, softplus,
+  softsign, asinh, clipped_cube
 };
 
 // Fast is for products of single bf16 numbers: an error of 2^-11 is theirs too. Else the error is that
@@ -83,6 +84,17 @@ FMFT_DEVICE float activation(float z, float p, float& slope) {
     const bool linear = x > 20.0f;  // as torch
     slope = linear ? 1.0f : sigmoid_of<Fast>(x);
     return linear ? z : log1pf(expf(x)) / p;
+  } else if constexpr (A == Activation::softsign) {
+    const float r = 1.0f / (1.0f + fabsf(z));
+    slope = r * r;
+    return z * r;
+  } else if constexpr (A == Activation::asinh) {
+    slope = rsqrtf(fmaf(z, z, 1.0f));
+    return asinhf(z);
+  } else if constexpr (A == Activation::clipped_cube) {
+    const float c = z > 1.0f ? 1.0f : z < -1.0f ? -1.0f : z;
+    slope = 3.0f * c * c;
+    return c * c * c + 3.0f * (z - c);
   } else {
     slope = 1.0f;
     return z;
@@ -106,6 +118,9 @@ FMFT_DEVICE void with_activation(int code, F&& f) {
     FMFT_CASE(tanh);
     FMFT_CASE(sigmoid);
     FMFT_CASE(softplus);
+    FMFT_CASE(softsign);
+    FMFT_CASE(asinh);
+    FMFT_CASE(clipped_cube);
     default:
       return f(Constant<Activation::identity>{});
   }

@@ -26,6 +26,7 @@ _NAMES = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "positive", "__pos__"), "same"),
     **dict.fromkeys(("relu_",), "relu"),
     **dict.fromkeys(("special_expit", "expit"), "sigmoid"),
+    **dict.fromkeys(("arcsinh",), "asinh"),
 }
 BROADCASTS = {"repeat", "unsqueeze", "squeeze", "atleast_1d", "atleast_2d", "tile", "__getitem__"}
 FILLS = {"ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
@@ -36,11 +37,14 @@ ROWWISE = (
 ) | set(
     "add sub rsub mul div neg cat matmul same linear addmm sin cos exp expm1 log log1p sqrt rsqrt "
     "square pow __pow__ tanh sigmoid relu leaky_relu elu selu silu gelu softplus mish abs "
+    "softsign asinh clipped_cube "
     "reciprocal clamp minimum maximum sinh cosh erf chunk split layer_norm dropout".split()
 )
 TAKES_SIZE = set(FILLS) | {"full", "new_full", "like", "same", "repeat"}
 SEVERAL = {"chunk", "split", "tensor_split"}
-ACTIVATIONS = set("relu leaky_relu elu selu silu gelu tanh sigmoid softplus".split())
+ACTIVATIONS = set(
+    "relu leaky_relu elu selu silu gelu tanh sigmoid softplus softsign asinh clipped_cube".split()
+)
 
 
 def name_of(node: Node) -> str:

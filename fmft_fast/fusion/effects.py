@@ -207,7 +207,7 @@ class Watch:
         by = caller.f_code.co_filename if caller else ""
         if file.startswith(OWN):
             return
-        if file.endswith(f"{os.sep}contextlib.py") and by.startswith((TORCH, OWN, file)):
+        if file.endswith(f"{os.sep}contextlib.py") and by.startswith((TORCH, *OWN, file)):
             return  # torch's own way into the tracer
         if not file.startswith(TORCH):
             if code not in self.codes:
@@ -238,7 +238,7 @@ class Watch:
         )
 
     def _builtin(self, frame: FrameType, called: Any) -> None:
-        if frame.f_code.co_filename.startswith((TORCH, OWN)):
+        if frame.f_code.co_filename.startswith((TORCH, *OWN)):
             return
         if frame.f_code.co_filename.endswith(f"{os.sep}contextlib.py"):
             return

@@ -9,8 +9,11 @@ from types import FrameType
 
 import torch
 
+from ..ops import activations, cayley
+
 TORCH = os.path.dirname(torch.__file__) + os.sep
-OWN = os.path.dirname(__file__) + os.sep
+# The tracer, and files of functions that it sees as one call of torch.
+OWN = (os.path.dirname(__file__) + os.sep, activations.__file__, cayley.__file__)
 _PYTHON = os.path.dirname(os.__file__) + os.sep
 _SITE = os.sep + "site-packages" + os.sep
 
@@ -53,8 +56,8 @@ def source_line(file: str, line: int) -> str:
 
 
 def is_library(file: str) -> bool:
-    """Whether a file is torch's, this package's tracer or Python's own."""
-    return file.startswith((TORCH, OWN)) or (file.startswith(_PYTHON) and _SITE not in file)
+    """Whether a file is torch's, this package's tracer or activations, or Python's own."""
+    return file.startswith((TORCH, *OWN)) or (file.startswith(_PYTHON) and _SITE not in file)
 
 
 def user_line(frame: FrameType | None) -> str | None:

@@ -19,7 +19,8 @@ VIEWS = set(
     "broadcast_to".split()
 )
 _SAME = set(
-    "relu leaky_relu elu selu silu gelu tanh sigmoid softplus sin cos exp sqrt rsqrt log log1p "
+    "relu leaky_relu elu selu silu gelu tanh sigmoid softplus softsign asinh arcsinh clipped_cube "
+    "sin cos exp sqrt rsqrt log log1p "
     "expm1 square reciprocal neg __neg__ negative".split()
 )
 _BINARY = set(

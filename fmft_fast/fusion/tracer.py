@@ -130,6 +130,8 @@ _IN_PLACE = {
     "selu_": "selu",
     "tanh_": "tanh",
     "sigmoid_": "sigmoid",
+    "asinh_": "asinh",
+    "arcsinh_": "asinh",
 }
 _INPLACE_FLAG = {"relu", "leaky_relu", "elu", "selu", "silu", "dropout"}
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmft_fast.ops.activations import clipped_cube
+
 # In the order of the codes that the kernels take.
 ACTIVATIONS = (
     "identity",
@@ -33,6 +35,9 @@ ACTIVATIONS = (
     "tanh",
     "sigmoid",
     "softplus",
+    "softsign",
+    "asinh",
+    "clipped_cube",
 )
 
 
@@ -107,6 +112,11 @@ class Inputs:
     conds: list[Any] = field(default_factory=list)
 
 
+PLAIN = {"relu": F.relu, "selu": F.selu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
+PLAIN |= {"sigmoid": torch.sigmoid, "softsign": F.softsign, "asinh": torch.asinh}
+PLAIN |= {"clipped_cube": clipped_cube}
+
+
 def activate(z: Tensor, name: str, slope: float) -> Tensor:
     """The activation of a layer, in torch."""
     if name == "identity":
@@ -119,8 +129,7 @@ def activate(z: Tensor, name: str, slope: float) -> Tensor:
         return F.gelu(z, approximate="tanh")
     if name == "softplus":
         return F.softplus(z, slope)
-    plain = {"relu": F.relu, "selu": F.selu, "silu": F.silu, "gelu": F.gelu}
-    return {**plain, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[name](z)
+    return PLAIN[name](z)
 
 
 def evaluate(network: Network, inputs: Inputs, t: float | Tensor, q: int, y: Tensor) -> Tensor:

@@ -36,7 +36,12 @@ FORWARD = {
     "tanh": lambda z, slope, out: aten.tanh.out(z, out=out),
     "sigmoid": lambda z, slope, out: aten.sigmoid.out(z, out=out),
     "softplus": lambda z, slope, out: aten.softplus.out(z, slope, 20, out=out),
+    "softsign": lambda z, slope, out: torch.div(z, z.abs().add_(1), out=out),
+    "asinh": lambda z, slope, out: aten.asinh.out(z, out=out),
+    "clipped_cube": lambda z, slope, out: clipped_cube_into(z, out),
 }
+# Those whose derivative is computed from the argument.
+ARGUMENT = {"silu", "gelu", "gelu_tanh", "softplus", "asinh", "clipped_cube"}
 # From the gradient g and what was seen, x: the result, or the argument (`keeps_argument`).
 BACKWARD = {
     "identity": lambda g, x, slope: g,
@@ -58,14 +63,24 @@ BACKWARD = {
     "softplus": lambda g, x, slope: aten.softplus_backward.grad_input(
         g, x, slope, 20, grad_input=g
     ),
+    "softsign": lambda g, x, slope: g.mul_(x.abs().neg_().add_(1).square_()),
+    "asinh": lambda g, x, slope: g.mul_(x.square().add_(1).rsqrt_()),
+    "clipped_cube": lambda g, x, slope: g.mul_(x.clamp(-1, 1).square_().mul_(3)),
 }
+
+
+def clipped_cube_into(z: Tensor, out: Tensor) -> Tensor:
+    """Write `clipped_cube` of z to another tensor."""
+    torch.clamp(z, -1, 1, out=out)
+    beyond = z - out
+    return out.pow_(3).add_(beyond, alpha=3)
 
 
 def keeps_argument(layer: Layer) -> bool:
     """Whether the derivative of a layer's activation needs its argument, not its result."""
     if layer.activation in ("leaky_relu", "elu"):
         return layer.slope < 0
-    return layer.activation in ("silu", "gelu", "gelu_tanh", "softplus")
+    return layer.activation in ARGUMENT
 
 
 class Tape:

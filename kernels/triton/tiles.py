@@ -128,6 +128,25 @@ def hyperbolic_tangent(z):
 
 
 @triton.jit
+def area_sine(z):
+    """asinh(z): near zero a polynomial; far out the square would overflow, and its root is |z|."""
+    size = tl.abs(z)
+    square = z * z
+    near = -0.0433755554 + square * 0.021600537
+    near = z + z * square * (-0.166666195 + square * (0.0749386176 + square * near))
+    is_far = size > 8192.0
+    root = tl.where(is_far, size, tl.sqrt(square + 1.0))
+    log = tl.log(tl.where(is_far, size, size + root)) + tl.where(is_far, 0.6931471805599453, 0.0)
+    return tl.where(size < 0.5, near, tl.where(z < 0, -log, log))
+
+
+@triton.jit
+def clipped(z):
+    """The nearest number in [-1, 1]."""
+    return tl.where(z > 1.0, 1.0, tl.where(z < -1.0, -1.0, z))
+
+
+@triton.jit
 def activate(z, NAME: tl.constexpr, SLOPE: tl.constexpr):
     """The activation; comparisons are such that NaN goes through."""
     if NAME == "relu":
@@ -156,6 +175,13 @@ def activate(z, NAME: tl.constexpr, SLOPE: tl.constexpr):
         log1p = tl.log(w) - ((w - 1.0) - u) / w
         soft = (tl.where(scaled <= 0, 0.0, scaled) + log1p) / SLOPE
         return tl.where(scaled > 20.0, z, soft)
+    elif NAME == "softsign":
+        return z / (1.0 + tl.abs(z))
+    elif NAME == "asinh":
+        return area_sine(z)
+    elif NAME == "clipped_cube":
+        inner = clipped(z)
+        return inner * inner * inner + 3.0 * (z - inner)
     else:
         return z
 
@@ -188,5 +214,12 @@ def derivative(z, a, NAME: tl.constexpr, SLOPE: tl.constexpr):
         return a * (1.0 - a)
     elif NAME == "softplus":
         return tl.where(z * SLOPE > 20.0, 1.0, logistic(z * SLOPE))
+    elif NAME == "softsign":
+        rest = 1.0 - tl.abs(a)
+        return rest * rest
+    elif NAME == "asinh":
+        return 1.0 / tl.sqrt(1.0 + z * z)
+    elif NAME == "clipped_cube":
+        return 3.0 * clipped(z) * clipped(z)
     else:
         return tl.full(z.shape, 1.0, tl.float32)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fmft_fast.fields import MLP
 from fmft_fast.fusion import NotFusable, Plan, find_plan
+from fmft_fast.ops.activations import clipped_cube
 from fmft_fast.ops.network import ACTIVATIONS, evaluate
 
 D = 3
@@ -293,6 +294,17 @@ def test_states_of_other_dimensions_are_flattened(lead):
     check(Any().double(), torch.randn(*lead, D, dtype=torch.float64))
 
 
+class Calls(nn.Module):
+    """A module of a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, z):
+        return self.function(z)
+
+
 MODULES = {
     "identity": nn.Identity(),
     "relu": nn.ReLU(inplace=True),
@@ -305,6 +317,9 @@ MODULES = {
     "tanh": nn.Tanh(),
     "sigmoid": nn.Sigmoid(),
     "softplus": nn.Softplus(1.5),
+    "softsign": nn.Softsign(),
+    "asinh": Calls(torch.asinh),
+    "clipped_cube": Calls(clipped_cube),
 }
 
 

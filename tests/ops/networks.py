@@ -49,6 +49,21 @@ def viscosity(state, hidden, branches=2, base=False):
     return Network(state, tuple(layers)), parameters
 
 
+def odd_arguments(dtype):
+    """Zero, subnormal and huge numbers, infinities, NaN, and the neighbours of 1."""
+    kind = torch.finfo(dtype)
+    sizes = [0.0, kind.tiny * kind.eps, kind.tiny, 2.0**-30, 1 - kind.eps / 2, 1.0, 1 + kind.eps]
+    sizes += [8192.0, 8193.0, 2.0**28, 2.0**64, kind.max, torch.inf]
+    return torch.tensor([*sizes, *(-x for x in sizes), torch.nan], dtype=dtype)
+
+
+def activation_alone(activation):
+    """One Euler step of 1 from 0 of a field that is the activation of its condition."""
+    network = Network(1, (Layer(1, (), cond=0, activation=activation),))
+    times, h = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    return Program(network, ((),), (1.0,), times, h, (1,))
+
+
 def make_inputs(network, shapes, batch, stages, dtype=torch.float64, device="cpu", seed=0):
     """Random tensors of a sensible size for a solve with so many stages in all."""
     g = torch.Generator().manual_seed(seed)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from ops.kernel_sets import instruction_set
-from ops.networks import chain, make_inputs, make_program, viscosity
+from ops.networks import (
+    activation_alone,
+    chain,
+    make_inputs,
+    make_program,
+    odd_arguments,
+    viscosity,
+)
 
 from fmft_fast.ops.backend import choose_kernels
 from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term, activate, evaluate
@@ -303,6 +310,28 @@ def test_accuracy_of_activations(isa, activation) -> None:
         # In float64 the reference, which is torch's, errs by some eps |z| itself.
         own = 1 if dtype == torch.float32 else 1 + x.abs()
         assert ((rest[-1].double() - slope_exact).abs() / own).max() <= BOUND * eps
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+@pytest.mark.parametrize("activation", ["softsign", "asinh", "clipped_cube"])
+def test_odd_arguments_of_activations(isa, activation, keep) -> None:
+    """Infinite, subnormal, huge numbers and those at the clip: as in torch, also their slopes."""
+    for dtype in (torch.float32, torch.float64):
+        z = odd_arguments(dtype)[:, None]
+        inputs = Inputs(torch.zeros_like(z), [], [], [z])
+        wanted = rebuild(inputs, [False, True])
+        grad = torch.ones(1, *z.shape)
+        out, *grads = solve(cpu.KERNELS, activation_alone(activation), inputs, keep, grad, wanted)
+        leaf = z.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(activate(leaf, activation, 1.0).sum(), leaf)
+        eps = torch.finfo(dtype).eps
+        expected = activate(z, activation, 1.0)
+        torch.testing.assert_close(out[0], expected, rtol=3 * eps, atol=0, equal_nan=True)
+        known = ~z.isnan()
+        torch.testing.assert_close(
+            grads[-1][known], slope[known], rtol=4 * eps, atol=2 * eps, equal_nan=True
+        )
+        assert grads[-1][~known].isnan().all()
 
 
 def generic(network, inputs, tableau, control, t):

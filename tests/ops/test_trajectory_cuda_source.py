@@ -117,6 +117,14 @@ def test_every_activation(kernels, precision, activation) -> None:
     check(kernels, program, inputs, precision)
 
 
+@pytest.mark.parametrize("activation", ["softsign", "asinh", "clipped_cube"])
+def test_activations_of_large_numbers(kernels, activation) -> None:
+    program, inputs = make(*chain(2, (16,), activation), batch=16, steps=1)
+    assert inputs.y0 is not None
+    inputs.y0 *= torch.logspace(-4, 9, 16, dtype=torch.float64)[:, None]
+    check(kernels, program, inputs, "highest")
+
+
 def test_dense_output(kernels) -> None:
     program, inputs = make(*chain(2, (16,)), "rk4", 5)
     weights = torch.randn(3, 4, dtype=torch.float64)

@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_sets import INTERPRETED
-from networks import chain, make_inputs, make_program, viscosity
+from networks import (
+    activation_alone,
+    chain,
+    make_inputs,
+    make_program,
+    odd_arguments,
+    viscosity,
+)
 
-from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term
+from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term, activate
 from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
 
 triton = pytest.importorskip("triton")
@@ -109,6 +116,22 @@ class TestNumbers:
         inputs = make_inputs(network, shapes, 40, 1)
         inputs.y0 *= 5
         check(make_program(network, "euler", 1), inputs, device)
+
+    @pytest.mark.parametrize("activation", ["softsign", "asinh", "clipped_cube"])
+    def test_odd_arguments_of_activations(self, activation, device) -> None:
+        z = odd_arguments(torch.float32)[:, None].to(device)
+        inputs = Inputs(torch.zeros_like(z), [], [], [z])
+        wanted = rebuild(inputs, [False, True])
+        grad = torch.ones(1, *z.shape, device=device)
+        out, *grads = solve(KERNELS, activation_alone(activation), inputs, grad, wanted)
+        leaf = z.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(activate(leaf, activation, 1.0).sum(), leaf)
+        expected = activate(z, activation, 1.0)
+        tolerances = {"rtol": 1e-6, "atol": 1e-37, "equal_nan": True}  # of "atol", what flushes
+        torch.testing.assert_close(out[0], expected, **tolerances)
+        known = ~z.isnan()
+        tolerances["atol"] = 2e-7
+        torch.testing.assert_close(grads[-1][known], slope[known], **tolerances)
 
     def test_dense_output(self, device) -> None:
         network, shapes = chain(2, (16,), "tanh")

@@ -35,6 +35,8 @@ struct alignas(8) float2 {
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace host {
