@@ -195,20 +195,49 @@ class Sector(NamedTuple):
     slope: float
 
 
+class Bounds(NamedTuple):
+    """What holds for every Jacobian J = Q - S with S symmetric, in coordinates where P = I.
+
+    Attributes:
+        rate: the largest eigenvalue of (J + J^T) / 2 is at most -rate.
+        least, most: least <= S <= most.
+        turning: bound of |Q|.
+        untied: bound of the symmetric part of Q.
+        rounding: bound of the rounding of these numbers, which they already respect.
+    """
+
+    rate: float
+    least: float
+    most: float
+    turning: float
+    untied: float
+    rounding: float
+
+
 def certify(a0: Tensor, sectors: list[Sector], metric: Tensor | None = None) -> Certificate:
     """The certificate of y' = A_0 y + sum_j A_j f_j(D_j y); its rate is not positive if none holds.
-
-    In coordinates where P = I, with S_j = A_j + D_j^T Lambda_j and slopes 0 <= G <= L,
-
-        J = A_0 - sum D^T Lambda G D + sum S G D,
-        sym J <= sym A_0 + sum (L / 4) S Lambda^-1 S^T            (completing the square),
-
-    from which the rate follows.
 
     Args:
         a0: [n, n] float64, as are the tensors of the sectors.
         sectors: the branches.
         metric: P [n, n], or None for the identity.
+    """
+    found = bounds(a0, sectors, metric)
+    lipschitz, step = found.turning + found.most, 0.0
+    if found.rate > 0:
+        step = max(2 * found.rate / lipschitz**2, euler_step(found))
+    return Certificate(found.rate, metric, lipschitz, step, found.rounding)
+
+
+def bounds(a0: Tensor, sectors: list[Sector], metric: Tensor | None = None) -> Bounds:
+    """Bounds of all Jacobians of y' = A_0 y + sum_j A_j f_j(D_j y).
+
+    With S_j = A_j + D_j^T Lambda_j and slopes 0 <= G_j <= L_j (in coordinates where P = I),
+
+        J = A_0 - sum D^T Lambda G D + sum S G D,
+        sym J <= sym A_0 + sum (L / 4) S Lambda^-1 S^T            (completing the square),
+
+    from which the rate follows. Arguments as of `certify`.
     """
     n, eps, condition = len(a0), torch.finfo(torch.float64).eps, 1.0
     if metric is not None:
@@ -226,32 +255,27 @@ def certify(a0: Tensor, sectors: list[Sector], metric: Tensor | None = None) -> 
     size = float(a0.norm() + (e.norm() + f.norm()) ** 2)
     rounding = 4 * eps * (n + e.shape[1]) * condition * size
     if not math.isfinite(rounding):
-        return Certificate(-math.inf, metric, math.inf, 0.0, rounding)
+        return Bounds(-math.inf, 0.0, math.inf, math.inf, math.inf, rounding)
     rate = -float(torch.linalg.eigvalsh(sym + e @ e.T / 4)[-1]) - rounding
-    damped = torch.linalg.eigvalsh(-sym)
-    least, most = float(damped[0]) - rounding, spectral(f.T @ f - sym) + rounding
-    turning = spectral(skew)
-    untied = spectral(e) * spectral(f)
-    lipschitz = turning + most + untied + rounding
-    step = 2 * rate / lipschitz**2
-    step = max(step, euler_step(least, most, turning + untied, untied + rounding))
-    return Certificate(rate, metric, lipschitz, step if rate > 0 else 0.0, rounding)
+    least = float(torch.linalg.eigvalsh(-sym)[0]) - rounding
+    most = spectral(f.T @ f - sym) + rounding
+    untied = spectral(e) * spectral(f) + rounding
+    return Bounds(rate, least, most, spectral(skew) + untied, untied, rounding)
 
 
-def euler_step(least: float, most: float, q: float, e: float) -> float:
+def euler_step(found: Bounds) -> float:
     """A step up to which explicit Euler does not move two states apart.
 
-    For J = Q - S with S symmetric, least <= S <= most, |Q| <= q and sym Q <= e, and any theta > 0,
-    J^T J <= (1 + theta) S^2 + (1 + 1 / theta) q^2; so |I + h J| <= 1 follows from
-    h ((1 + theta) s^2 + (1 + 1 / theta) q^2) <= 2 (s - e) at s = least and s = most. With q = 0
-    this is the well-known 2 / most, far above 2 c / lipschitz^2.
+    For J = Q - S and any theta > 0, J^T J <= (1 + theta) S^2 + (1 + 1 / theta) q^2 with q = |Q|; so
+    |I + h J| <= 1 follows from h ((1 + theta) s^2 + (1 + 1 / theta) q^2) <= 2 (s - untied) at
+    s = least and s = most. With q = 0 this is the well-known 2 / most, far above 2 c / |J|^2.
     """
-    theta = np.logspace(-9, 9, 721)
-    bounds = []
-    for s in (least, most):
-        squares = (1 + theta) * s * s + (1 + 1 / theta) * q * q
-        bounds.append(2 * (s - e) / np.maximum(squares, np.finfo(float).tiny))
-    return float(np.minimum(*bounds).max())
+    theta, tiny = np.logspace(-9, 9, 721), np.finfo(float).tiny
+    steps = []
+    for s in (found.least, found.most):
+        squares = (1 + theta) * s * s + (1 + 1 / theta) * found.turning**2
+        steps.append(2 * (s - found.untied) / np.maximum(squares, tiny))
+    return float(np.minimum(*steps).max())
 
 
 def spectral(matrix: Tensor) -> float:

@@ -68,7 +68,6 @@ def quasi_triangular(raw: Tensor, diagonal: Tensor) -> Tensor:
     upper = torch.triu(raw, 1)
     if n == 1:
         return -diagonal[:, None]
-    every_other = torch.zeros(n - 1, dtype=raw.dtype, device=raw.device)
-    every_other[::2] = 1
+    every_other = torch.arange(1, n, dtype=raw.dtype, device=raw.device) % 2
     s, u = torch.diagonal(raw, -1), torch.diagonal(raw, 1)
     return upper - torch.diag(diagonal) - torch.diag(every_other * s * s * u, -1)

@@ -51,6 +51,8 @@ class GAV(nn.Module):
         cond_dim: size of a condition, for center = "condition".
         offsets: whether the units have offsets s_j; without them delta(b - y) = -delta(b + y) for
             odd f_j.
+        turning: whether A_0 has a skew part K. Without one, and with P = I, a collocated field is
+            minus the gradient of a strongly convex function.
 
     Raises:
         InputError: for sizes, names or a centre that do not fit.
@@ -78,6 +80,7 @@ class GAV(nn.Module):
         rank: int | None = None,
         cond_dim: int = 0,
         offsets: bool = True,
+        turning: bool = True,
     ) -> None:
         super().__init__()
         self.shape = (dim,) if isinstance(dim, int) else tuple(dim)
@@ -90,9 +93,10 @@ class GAV(nn.Module):
         self.branches = nn.ModuleList(kind(n, m, name, offsets) for name in names)
         self.excess_rate = nn.Parameter(torch.tensor(START))
         self.damping = nn.Parameter(0.01 * torch.randn(n, r))
-        self.skew = nn.Parameter(torch.zeros(n, r))
+        self.skew = nn.Parameter(torch.zeros(n, r)) if turning else None
         # With V = 0 the skew part starts at zero, and U gives V a gradient.
-        self.skew_partner = None if rank is None else nn.Parameter(torch.randn(n, r) / math.sqrt(n))
+        partner = torch.randn(n, r) / math.sqrt(n) if turning and rank else None
+        self.skew_partner = None if partner is None else nn.Parameter(partner)
         learned = metric == "learned"
         self.metric_turn = nn.Parameter(torch.zeros(n, n)) if learned else None
         self.metric_stretch = nn.Parameter(torch.zeros(n)) if learned else None
@@ -140,11 +144,13 @@ class GAV(nn.Module):
             if factor is not None:
                 factors.append(factor)
         r = torch.cat(factors, 1) if len(factors) > 1 else factors[0]
-        if self.skew_partner is not None:
-            u, v = self.skew_partner, self.skew
-            left, right = torch.cat([u, -v, -r], 1), torch.cat([v, u, r], 1).T
+        u, v = self.skew_partner, self.skew
+        if self.rank is not None:
+            left, right = -r, r.T
+            if u is not None and v is not None:
+                left, right = torch.cat([u, -v, -r], 1), torch.cat([v, u, r], 1).T
             return (left if metric is None else metric[1] @ left), right
-        inner = skew(self.skew) - r @ r.T
+        inner = -(r @ r.T) if v is None else skew(v) - r @ r.T
         one = torch.eye(self.dim, dtype=r.dtype, device=r.device)
         return (inner if metric is None else metric[1] @ inner) - self.least_rate() * one, None
 
@@ -200,10 +206,10 @@ class GAV(nn.Module):
                 f"{self.construction} guarantees nothing: A_j Hurwitz does not make A_j f(D_j x) "
                 'contract for a free D_j; choose "schur-cayley", "collocated" or "lmi"'
             )
-        a0, sectors, p = self._exact()
+        a0, sectors, p = self.exact()
         found = certify(a0, sectors, p)
         if not found.rate > 0:
-            name, size = max(self._sizes().items(), key=lambda item: item[1])
+            name, size = max(self.sizes().items(), key=lambda item: item[1])
             raise CertificateError(
                 f"expected a positive contraction rate, got {found.rate:.3g} where exact weights "
                 f"give at least {float(self.least_rate()):.3g}: rounding to {self.damping.dtype} "
@@ -224,14 +230,14 @@ class GAV(nn.Module):
     def jacobian(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """The Jacobian in x, [batch, dim, dim], in float64 for the weights as they are."""
         y = self.relative(x, cond).double().reshape(-1, self.dim)
-        a0, sectors, _ = self._exact()
+        a0, sectors, _ = self.exact()
         jacobian = a0.expand(len(y), -1, -1)
         for branch, (a, d, _, _) in zip(self._branches(), sectors, strict=True):
             z = y @ d.T if branch.offset is None else y @ d.T + branch.offset.double()
             jacobian = jacobian + (a * branch.slopes(z)[:, None, :]) @ d
         return jacobian
 
-    def _exact(self) -> tuple[Tensor, list[Sector], Tensor | None]:
+    def exact(self) -> tuple[Tensor, list[Sector], Tensor | None]:
         """The weights that `forward` uses as float64: A_0, the branches, and P."""
         for name, p in self.named_parameters():
             if not torch.isfinite(p).all():
@@ -250,7 +256,7 @@ class GAV(nn.Module):
     def _branches(self) -> list[Branch]:
         return list(self.branches)  # type: ignore[arg-type]
 
-    def _sizes(self) -> dict[str, float]:
+    def sizes(self) -> dict[str, float]:
         """Norms of the parameters as they enter the weights, by name."""
         squared = ("damping", "directions", "outputs", "triangle")
         sizes = {}

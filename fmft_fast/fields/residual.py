@@ -56,6 +56,10 @@ class Residual(nn.Module):
                 )
         self.base, self.branch, self.joint, self.recipe = base, branch, joint, None
         self._tells_branch = getattr(branch, "cond_dim", None) != 0
+        for name in ("dim", "cond_dim"):
+            # What the base tells about its states, the sum tells, too.
+            if hasattr(base, name):
+                setattr(self, name, getattr(base, name))
         if not joint:
             base.requires_grad_(False)
         self.train(base.training)
