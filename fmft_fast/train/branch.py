@@ -127,7 +127,7 @@ def _make_gav(
     elif center == "origin":
         place = None
     else:
-        place = mean if center == "data" else _as_center(center, state)
+        place = mean if center == "data" else _as_center(center, mean)
     if center == "condition" and not cond_dim:
         raise ConfigError(
             'residual_options: center = "condition" needs conditions [n, size] of numbers, and the '
@@ -174,13 +174,13 @@ def _is_flat(cond: Tensor) -> bool:
     return cond.ndim == 2 and cond.is_floating_point()
 
 
-def _as_center(center: Any, state: Sequence[int]) -> Tensor:
+def _as_center(center: Any, mean: Tensor) -> Tensor:
     try:
-        return torch.as_tensor(center, dtype=torch.float32).expand(*state)
+        return torch.as_tensor(center, dtype=mean.dtype).expand_as(mean)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f'residual_options: expected center = "data", "origin", "learned", "condition" or '
-            f"numbers of the shape {list(state)}, got {center!r}"
+            f"numbers of the shape {list(mean.shape)}, got {center!r}"
         ) from error
 
 

@@ -312,8 +312,8 @@ class _Run:
     def _load(self, path: Path) -> None:
         """Take over a checkpoint: afterwards the run is where the saved one was, bit for bit."""
         checkpoint = load_checkpoint(path)
-        check_field(self.model, checkpoint, path)
         self._check_config(checkpoint.config, path)
+        check_field(self.model, checkpoint, path)
         state = checkpoint.training
         self.model.load_state_dict(dict(state["raw"] or checkpoint.model))
         average = self.step.average

@@ -185,7 +185,7 @@ class Average:
         self.decay, self.count = decay, 0
         both = zip(self.module.parameters(), model.parameters(), strict=True)
         moving = [(mine, theirs) for mine, theirs in both if theirs.requires_grad]
-        self._averaged, self._current = map(list, zip(*moving, strict=True))
+        self._averaged, self._current = [a for a, _ in moving], [b for _, b in moving]
         self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
         first = self._current[0]
         self._kept: Any = torch.zeros((), device=first.device) if rate_on_device else 0.0

@@ -11,6 +11,7 @@ from torch import nn
 from fmft_fast import fused, odeint, solve
 from fmft_fast.errors import FmftError, InputError, InputTypeError
 from fmft_fast.fields import MLP, Residual
+from fmft_fast.flow import sample
 from fmft_fast.train.optim import Average
 
 
@@ -137,6 +138,13 @@ def test_odeint_takes_it_as_any_field():
     y = odeint(field, x, t, method="euler")
     for k in range(4):
         torch.testing.assert_close(y[k + 1], y[k] + 0.25 * field(t[k], y[k]))
+
+
+def test_it_tells_the_sizes_of_its_base_to_those_who_sample():
+    assert sample(make(), 4, steps=2).shape == (4, 2)
+    field = make(cond_dim=3)
+    assert (field.dim, field.cond_dim) == (2, 3)
+    assert not hasattr(Residual(Moody(), Moody()), "dim")
 
 
 def test_torch_compile_takes_it_whole():
