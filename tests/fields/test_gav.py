@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmft_fast import explain
+from fmft_fast import explain, fused, solve
 from fmft_fast.errors import InputError
 from fmft_fast.fields import BRANCH_ACTIVATIONS, GAV, MLP, Residual
 
@@ -133,7 +133,10 @@ OPTIONS = {
     "fixed center": {"center": torch.ones(2)},
     "learned center": {"center": "learned"},
     "no offsets": {"offsets": False},
-    "leaky": {"activation": "leaky_relu"},
+    "schur-cayley": {"construction": "schur-cayley"},
+    "schur-cayley-free": {"construction": "schur-cayley-free"},
+    "learned metric": {"metric": "learned"},
+    **{name: {"activation": name} for name in sorted(BRANCH_ACTIVATIONS)},
 }
 
 
@@ -148,3 +151,20 @@ def test_kernels_read_a_field_whose_center_follows_the_condition():
     field, x = shake(GAV(2, center="condition", cond_dim=3)), torch.randn(5, 2)
     both: nn.Module = Residual(MLP(2, cond_dim=3), field)
     assert explain(both, x, method="euler", cond=torch.randn(5, 3)).fused
+
+
+@pytest.mark.parametrize("metric", ["identity", "learned"])
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_kernels_give_the_gradients_of_all_parameters(construction, metric):
+    names = ("tanh", "asinh", "clipped_cube")
+    branch = GAV(2, 3, construction=construction, activation=names, metric=metric, rank=1)
+    shake(branch, 0.05)
+    field, x = Residual(MLP(2, hidden=(8,)), branch).double(), torch.randn(6, 2).double()
+    found = []
+    for mode in ("require", "off"):
+        with fused(mode):
+            y = solve(field, x, steps=4, method="rk4").y
+        parameters = [p for p in branch.parameters() if p.requires_grad]
+        found.append([y, *torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
