@@ -159,6 +159,35 @@ def test_recorded_runs_are_like_usual_ones(double, coupling):
         assert a == pytest.approx(b, rel=1e-4)
 
 
+RESIDUALS = [
+    {"mode": "residual"},
+    {"mode": "residual", "joint": True, "anchor_weight": 0.1},
+    {"mode": "residual-mlp", "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("settings", RESIDUALS, ids=lambda s: "-".join(map(str, s.values())))
+def test_residuals_are_recorded_like_any_field(double, settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureWarning)
+        recorded = make(**settings).run()
+    assert double.records == 2 and double.replays > 10
+    usual = make(cuda_graph=False, **settings).run()
+    for a, b in zip(weights(recorded), weights(usual), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", RESIDUALS, ids=lambda s: "-".join(map(str, s.values())))
+def test_on_a_gpu_residuals_are_recorded_like_any_field(settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureWarning)
+        recorded = make(device="cuda", steps=40, cuda_graph=True, **settings).run()
+    usual = make(device="cuda", steps=40, cuda_graph=False, **settings).run()
+    for a, b in zip(weights(recorded), weights(usual), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_a_recorded_run_goes_on_bit_for_bit(double, tmp_path):
     whole = make().run()
     make(out=tmp_path, steps=14, schedule="constant").run()
