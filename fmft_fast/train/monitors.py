@@ -172,8 +172,8 @@ class Cancellation(Monitor):
 
     name = "cancellation"
     remedy = (
-        "freeze the pre-trained field (joint = false), or add anchor_weight or weight_decay, and "
-        "start again from the pre-trained model"
+        "lower the rate of the branch (residual_options), freeze the field (joint = false) or hold "
+        "it by anchor_weight, and start again from the pre-trained model"
     )
 
     def __init__(self, *, limit: float = 0.5) -> None:

@@ -362,6 +362,16 @@ def test_a_branch_that_undoes_its_base_is_named_from_the_first_evaluation(field,
         assert "88% of their energy" in str(said[0]) and "joint = false" in str(said[0])
 
 
+def test_joint_training_against_a_strong_pull_cancels_and_the_run_says_so(field):
+    """The samples are good all the same: nothing else would show what the two parts waste."""
+    settings = {"steps": 100, "eval_every": 25, "batch_size": 128, "select": "last"}
+    options = {"mode": "residual", "joint": True, "residual_options": {"rate": 2.0}}
+    result = make(field, toys.two_modes(), **options, **settings).run()
+    assert "cancellation" in [finding.name for finding in result.findings]
+    last = result.history[-1]
+    assert last["cancelled"] > 0.7 and last["cosine"] < -0.8 and 0.9 < last["spread"] < 1.1
+
+
 def test_the_cancellation_monitor_speaks_once_per_failure_and_knows_its_limit():
     rows = [{"cancelled": c, "cosine": -0.9, "delta_size": 0.5} for c in (0.1, 0.6, 0.7, 0.2, 0.9)]
     found = [Cancellation().update(step, {}) for step in range(2)]
