@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from .refusal import OWN, TORCH, Refusal, is_library, source_line, user_line
 from .scan import REMEDY, scan
@@ -63,6 +64,13 @@ _MODULE_METHODS = {
     "<genexpr>",
     "<listcomp>",
     "forward",
+}
+# What evaluates a parametrized tensor; a cache of such tensors is no business of a trace.
+_PARAMETRIZED = {"get_parametrized", "forward", "<genexpr>"}
+_CODES = {
+    torch.is_tensor.__code__,
+    parametrizations._Orthogonal.forward.__code__,
+    parametrizations._WeightNorm.forward.__code__,
 }
 _PLAIN_BUILTINS = {
     getattr(builtins, name)
@@ -228,7 +236,9 @@ class Watch:
                 self.modules[id(module)] = module
             if code.co_name in _MODULE_METHODS or by.startswith(TORCH):
                 return
-        elif file in _PATHS or code is torch.is_tensor.__code__:
+        elif file in _PATHS or code in _CODES:
+            return
+        elif file == parametrize.__file__ and code.co_name in _PARAMETRIZED:
             return
         raise Refusal(
             f"the field calls {code.co_name} of torch{_dotted(file)}, which may do more than "
@@ -284,12 +294,6 @@ def check_module(module: nn.Module, where: str | None = None) -> None:
         )
     if "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl"):
         raise Refusal(f"forward of {name} was replaced or compiled", where)
-    if "parametrizations" in module._modules:
-        raise Refusal(
-            f"{name} has parametrizations",
-            where,
-            "torch.nn.utils.parametrize.remove_parametrizations",
-        )
 
 
 def _dotted(file: str) -> str:

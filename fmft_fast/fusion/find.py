@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 
 from ..ops.contract import is_traced
 from .effects import Watch, check_module
@@ -212,6 +213,8 @@ def _find(
         result = make_plan(field, y0, cond, watch)
     except (Refusal, Exception) as error:
         result = _refusal(error)
+    if isinstance(result, NotFusable) and parametrize._cache_enabled:
+        return result  # perhaps for no other reason than that
     guards = Guards(watch.codes)
     try:
         guards.root(field, parts)

@@ -361,7 +361,8 @@ class Guards:
                         if name in wanted or (self._all and not name.startswith("_")):
                             self._read(scope, name, scope[name], f"{base.__name__}.{name}")
                 elif top == "torch":
-                    self._entries += [(scope, n, scope[n]) for n in sorted(_CALLS & scope.keys())]
+                    names = [n for n in scope if n in _CALLS or type(scope[n]) is property]
+                    self._entries += [(scope, n, scope[n]) for n in sorted(names)]
                 if top not in _TRUSTED or top == "torch":
                     self._scope(scope, [], base.__name__)
 

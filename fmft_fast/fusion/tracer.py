@@ -105,7 +105,7 @@ _GRADS = set(
     "requires_grad requires_grad_ grad grad_fn data detach detach_ is_leaf backward register_hook "
     "retain_grad _version is_inference".split()
 )
-_TRANSPOSES = {"T", "mT"}
+_TRANSPOSES = {"T", "mT", "H", "mH"}
 # Arguments that only lend their shape, dtype or device: at this position, or by this name.
 _LENDING = {
     **dict.fromkeys(

@@ -184,12 +184,6 @@ def old_weight_norm():
     return net
 
 
-def weight_norm():
-    net = MLP(D, (4,))
-    parametrizations.weight_norm(net.linears[0])
-    return net
-
-
 def spectral_norm():
     net = MLP(D, (4,))
     parametrizations.spectral_norm(net.linears[0])
@@ -235,8 +229,7 @@ OTHERS = {
     pre_hooked: "hooks",
     grad_hooked: "hooks",
     old_weight_norm: "hooks",
-    weight_norm: "parametrizations",
-    spectral_norm: "parametrizations",
+    spectral_norm: "forward of torch.nn.utils.parametrizations",
     scripted: "compiled|plain module",
     decorated: "_contextlib",
     half_precision_weights: "dtype",
