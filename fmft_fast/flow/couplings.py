@@ -16,14 +16,14 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fmft_fast.errors import CouplingWarning, InputError
-from fmft_fast.flow.paths import noise_like
+from fmft_fast.flow.paths import check_share, noise_like, refreshed
 from fmft_fast.flow.sampling import integrate
 from fmft_fast.flow.transport import (
     chunks,
@@ -159,14 +159,18 @@ class OTFixed(Coupling):
     Args:
         size: K, at most the number of data. The cost matrix takes 8 K^2 bytes.
         cond_weight: as in `OTMinibatch`.
+        refresh: share s of new noise in every draw (see `refreshed`), so that no pair is learnt by
+            heart; 0 gives the K noise points themselves.
     """
 
     size: int = 4096
     cond_weight: float = COND_WEIGHT
+    refresh: float = 0.0
     name: ClassVar[str] = "ot-fixed"
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_share("refresh", self.refresh)
         check_at_least("size", self.size, 1)
         check_at_least("cond_weight", self.cond_weight, 0)
 
@@ -182,7 +186,8 @@ class OTFixed(Coupling):
     def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
         """Draw `batch` of the K pairs."""
         x1, _ = self._fitted()
-        return _take(self._pairs, draw_rows(len(x1), batch, x1.device, generator))
+        pairs = _take(self._pairs, draw_rows(len(x1), batch, x1.device, generator))
+        return replace(pairs, x0=refreshed(pairs.x0, self.refresh, generator))
 
 
 @dataclass
@@ -294,15 +299,18 @@ class Inversion(Coupling):
         steps: steps of the reverse solve.
         method: its method.
         batch: rows solved at a time.
+        refresh: as in `OTFixed`.
     """
 
     steps: int = 50
     method: str = "rk4"
     batch: int = 4096
+    refresh: float = 0.0
     name: ClassVar[str] = "inversion"
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_share("refresh", self.refresh)
         check_at_least("steps", self.steps, 1)
         check_at_least("batch", self.batch, 1)
 
@@ -331,7 +339,8 @@ class Inversion(Coupling):
     def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
         """Draw `batch` of the solved pairs."""
         x1, _ = self._fitted()
-        return _take(self._pairs, draw_rows(len(x1), batch, x1.device, generator))
+        pairs = _take(self._pairs, draw_rows(len(x1), batch, x1.device, generator))
+        return replace(pairs, x0=refreshed(pairs.x0, self.refresh, generator))
 
 
 COUPLINGS: dict[str, type[Coupling]] = {

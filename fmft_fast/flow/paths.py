@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,6 +95,23 @@ def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw standard normal noise of x's shape; a CPU generator serves data on any device."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+def refreshed(x0: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    """sqrt(1 - s^2) x0 + s eps with fresh noise eps: still N(0, I) if x0 is.
+
+    A loss on refreshed pairs asks for one x1 around each x0, not at it, which smooths what is
+    learnt.
+    """
+    if share == 0:
+        return x0
+    return math.sqrt(1 - share**2) * x0 + share * noise_like(x0, generator)
+
+
+def check_share(option: str, value: float) -> None:
+    """Refuse a share outside [0, 1]."""
+    if not 0 <= value <= 1:
+        raise InputError(f"{option} must lie in [0, 1], got {value}")
 
 
 def _times(t: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:

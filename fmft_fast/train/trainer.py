@@ -164,7 +164,8 @@ class Trainer(ABC, Generic[ConfigT]):
         name, options = self.config.coupling, self.config.coupling_options
         if name.startswith("ot-"):
             name, options = "ot-minibatch", {k: options[k] for k in options if k == "cond_weight"}
-        rule = make_coupling(name, **options)
+        # A pair to be measured by keeps its noise.
+        rule = make_coupling(name, **{k: v for k, v in options.items() if k != "refresh"})
         if rule.per_batch:
             return as_columns(rule.pair(*kept, generator=self._random))
         rule.fit(*kept, field=self._field, generator=self._random)

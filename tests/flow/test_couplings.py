@@ -219,7 +219,7 @@ def test_wrong_use_is_refused_with_its_remedy():
     x1 = torch.zeros(4, 2)
     with pytest.raises(InputError, match="'ot-best'.*independent.*ot-semidiscrete"):
         make_coupling("ot-best")
-    with pytest.raises(InputError, match="no option 'k'; it takes size, cond_weight$"):
+    with pytest.raises(InputError, match="no option 'k'; it takes size, cond_weight, refresh$"):
         make_coupling("ot-fixed", k=3)
     with pytest.raises(InputError, match="'independent' has no option 'name'; it takes none"):
         make_coupling("independent", name="x")
@@ -237,3 +237,24 @@ def test_wrong_use_is_refused_with_its_remedy():
         make_coupling("ot-fixed").fit(torch.zeros(4, 2, dtype=torch.long))
     with pytest.raises(InputError, match="share one shape"):
         pair_by_ot(x1[:2], x1, None)
+
+
+@pytest.mark.parametrize("name", ["ot-fixed", "inversion"])
+def test_refreshed_noise_stays_near_its_partner_and_normal(name):
+    x1 = torch.randn(3000, 2, generator=seeded(2)) + 2  # what Drift makes of N(0, I)
+    size = {"size": 3000} if name == "ot-fixed" else {}
+    for share in (0.0, 0.3, 1.0):
+        coupling = fitted(name, x1, refresh=share, **size)
+        own, again = coupling.sample(20_000, generator=seeded(1)), fitted(name, x1, **size)
+        kept = again.sample(20_000, generator=seeded(1))
+        assert torch.equal(own.x1, kept.x1)
+        rest = own.x0 - math.sqrt(1 - share**2) * kept.x0
+        assert float(rest.std()) == pytest.approx(share, abs=0.01)
+        assert float(own.x0.std()) == pytest.approx(1, abs=0.03)
+        assert (own.x0.unique(dim=0).shape[0] > 19_000) == (share > 0)
+
+
+def test_a_share_of_new_noise_beyond_one_is_refused():
+    for name in ("ot-fixed", "inversion"):
+        with pytest.raises(InputError, match=r"refresh must lie in \[0, 1\], got 1.5"):
+            make_coupling(name, refresh=1.5)
