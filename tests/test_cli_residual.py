@@ -99,7 +99,7 @@ def test_settings_of_a_branch_stand_in_files_and_are_explained(tiny, capsys):
     for words, message in (
         (["--residual_options.width", "0"], "width"),
         (["--residual_options.widht", "4"], "got 'widht'; did you mean 'width'"),
-        (["--anchor_weight", "1"], "set joint = true"),
+        (["--residual_options.width", "wide"], "expected values that the branch takes"),
         (["--mode", "direct", "--joint", "true"], "joint: expected nothing in mode direct"),
     ):
         capsys.readouterr()

@@ -55,9 +55,16 @@ def add_branch(field: nn.Module, rows: Batch, mean: Tensor, config: FinetuneConf
 
 def make_branch(recipe: Mapping[str, Any], mean: Tensor) -> nn.Module:
     """Build the branch that a recipe describes, untrained."""
-    return BRANCHES[recipe["mode"]](
-        tuple(recipe["state"]), recipe["cond_dim"], dict(recipe["options"]), mean
-    )
+    make, options = BRANCHES[recipe["mode"]], recipe["options"]
+    try:
+        return make(tuple(recipe["state"]), recipe["cond_dim"], dict(options), mean)
+    except FmftError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"residual_options: expected values that the branch takes, got {dict(options)} "
+            f"({error}); see fmft_fast.fields.GAV and fmft_fast.fields.MLP"
+        ) from error
 
 
 def load_model(field: nn.Module, path: str | Path) -> nn.Module:

@@ -144,7 +144,7 @@ class FinetuneConfig(FitConfig):
     fm_weight: float = key(0.0, "weight of the flow-matching loss mixed in", low=0)
     sigma: float = key(0.0, "standard deviation of the path in the mixed-in loss", low=0)
     anchor_weight: float = key(
-        0.0, "weight of half the squared distance to the pre-trained weights", low=0
+        0.0, "weight of half the squared distance to the weights at the start", low=0
     )
     holdout: float = key(0.1, "share of the data never trained on", low=0, high=0.9)
     curvature_limit: float = key(2.0, "growth of path length / displacement that is named", above=1)
@@ -162,12 +162,6 @@ class FinetuneConfig(FitConfig):
                         f"{name}: expected nothing in mode direct, which has no branch, got "
                         f"{given!r}; set mode = residual or residual-mlp, or drop it"
                     )
-        elif self.anchor_weight > 0 and not self.joint:
-            raise ConfigError(
-                f"anchor_weight: expected 0 in mode {self.mode}, which leaves the pre-trained "
-                f"weights as they are, got {self.anchor_weight:g}; keep the branch small by "
-                f"weight_decay, or set joint = true"
-            )
 
     @property
     def adaptive(self) -> bool:

@@ -165,13 +165,12 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
         )
 
     def _prepare(self) -> None:
-        field, config = self._field, self.config
-        trained = [(name, p) for name, p in field.named_parameters() if p.requires_grad]
+        config = self.config
         if config.mode != "direct":
-            self._field = add_branch(field, self._sight, self._mean, config)
-        prefix = "" if self._field is field else "base."
+            self._field = add_branch(self._field, self._sight, self._mean, config)
         if config.anchor_weight > 0:
-            self._anchors = [(prefix + name, p.detach().clone()) for name, p in trained]
+            named = self._field.named_parameters()
+            self._anchors = [(name, p.detach().clone()) for name, p in named if p.requires_grad]
         self._coupling.check_reconstruction(*self._sight)
         random = torch.Generator().manual_seed(stream_seed(self.config.seed, "watch"))
         self._watch_x0 = noise_like(self._sight[0], random)
@@ -199,7 +198,7 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
         return loss
 
     def _square_drift(self, model: nn.Module) -> Tensor:
-        """Give the squared distance of a model's weights to the pre-trained ones, 0-d."""
+        """Give the squared distance of the trained weights to where they started, 0-d."""
         weights = dict(model.named_parameters())
         squares = [(weights[name] - anchor).square().sum() for name, anchor in self._anchors]
         return torch.stack(squares).sum()
