@@ -32,8 +32,9 @@ using LayerTuple = std::tuple<int64_t, std::vector<std::tuple<int, int, int64_t>
                               int, int, int, double, std::vector<int>>;
 
 inline cpu::Field make_field(int64_t state, const std::vector<LayerTuple>& layers) {
-  if (layers.empty() || layers.size() >= kMaxValues)
-    throw std::invalid_argument("expected 1 to 63 layers, got " + std::to_string(layers.size()));
+  if (layers.empty() || layers.size() > kMaxLayers)
+    throw std::invalid_argument("expected 1 to " + std::to_string(kMaxLayers) + " layers, got " +
+                                std::to_string(layers.size()));
   cpu::Field field;
   field.state = state;
   for (const LayerTuple& tuple : layers) {

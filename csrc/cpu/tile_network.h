@@ -249,7 +249,8 @@ void add_row(T* to, const T* from, int64_t width, double weight) {
 template <class T>
 void pull_back(const Tile<T>& tile, int64_t q, double t, T* gx) {
   const Job& job = tile.job;
-  bool written[kMaxValues] = {};
+  bool written[kMaxLayers + 1];
+  memset(written, 0, job.layer_count + 1);
   const auto into = [&](int number) { return number ? tile.delta(number, q) : gx; };
   for (int l = job.layer_count - 1; l >= 0; --l) {
     const Layer& layer = job.layers[l];

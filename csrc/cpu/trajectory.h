@@ -12,7 +12,7 @@
 
 namespace fmft {
 
-constexpr int kMaxValues = 64;
+constexpr int kMaxLayers = 1024;
 
 // Matrices [rows, ld] for every stage, or one that all stages share.
 struct Buffer {

@@ -21,7 +21,7 @@ from fmft_fast.ops.trajectory import AdaptiveSolve, Control, Keep, PerSampleSolv
 KEEP_CODES = {"nothing": 0, "inputs": 1, "activations": 2}
 TYPE_CODES = {torch.float32: 0, torch.float64: 1}
 MAX_STAGES = 16
-MAX_LAYERS = 63
+MAX_LAYERS = 1024
 OUTCOMES = ("done", "too many steps", "underflow", "not finite")
 
 
@@ -239,29 +239,48 @@ def _solve(
     program: Program, tensors: Inputs, shared: bool = False
 ) -> tuple[_cpu.Solve, tuple[Any, ...]]:
     """The solve in the compiled module's form, and what has to outlive it."""
-    y0 = tensors.y0
+    y0, given = tensors.y0, steps_of(program)
     assert y0 is not None
-    times, h = program.times.contiguous(), program.h.contiguous()
-    weights = None if program.weights is None else program.weights.contiguous()
     solve = _cpu.Solve(
-        field_of(program.network),
-        method_of(program.a, program.b),
+        given.field,
+        given.method,
         TYPE_CODES[y0.dtype],
         shared,
         torch.get_num_threads(),
         y0.shape[0],
-        h.shape[0],
-        times.data_ptr(),
-        h.data_ptr(),
-        program.outputs,
-        _address(weights),
+        *given.numbers,
         y0.data_ptr(),
         [x.data_ptr() for x in tensors.parameters],
         [x.stride(0) for x in tensors.parameters],
         [x.data_ptr() for x in tensors.tables],
         [x.data_ptr() for x in tensors.conds],
     )
-    return solve, (tensors, times, h, weights)
+    return solve, (tensors, given)
+
+
+class Steps(NamedTuple):
+    """What a program gives the compiled module, and the tensors that it points to."""
+
+    field: _cpu.Field
+    method: _cpu.Method
+    numbers: tuple[int, int, int, tuple[int, ...], int]
+    tensors: tuple[Tensor | None, ...]
+
+
+def steps_of(program: Program) -> Steps:
+    """The program in the compiled module's form, made once."""
+    made = program.__dict__.get("_cpu_steps")
+    if made is None:
+        times, h = program.times.contiguous(), program.h.contiguous()
+        weights = None if program.weights is None else program.weights.contiguous()
+        made = Steps(
+            field_of(program.network),
+            method_of(program.a, program.b),
+            (h.shape[0], times.data_ptr(), h.data_ptr(), program.outputs, _address(weights)),
+            (times, h, weights),
+        )
+        object.__setattr__(program, "_cpu_steps", made)  # the dataclass is frozen
+    return made
 
 
 def field_of(network: Network) -> _cpu.Field:

@@ -272,6 +272,21 @@ def test_no_rows() -> None:
     assert all(torch.equal(x, torch.zeros_like(x)) for x in found[2:])
 
 
+def test_deep_networks() -> None:
+    """With skips and small weights, so that roundings do not grow; and as many layers as may be."""
+    network, shapes = chain(2, (4,) * 130, "tanh", skips=True)
+    program = make_program(network, "midpoint", 2)
+    inputs = make_inputs(network, shapes, 9, 4)
+    inputs.parameters = [0.1 * x for x in inputs.parameters]
+    for keep in ("inputs", "activations"):
+        check(program, inputs, keep)
+    layer = Layer(1, (Term(0, None),))
+    layers = tuple(Layer(1, (Term(i, None),)) for i in range(cpu.MAX_LAYERS))
+    found = solve(cpu.KERNELS, make_program(Network(1, layers)), Inputs(torch.ones(3, 1)))
+    torch.testing.assert_close(found[0], torch.full((1, 3, 1), (4 / 3) ** 3))
+    assert "1024 layers" in cpu.KERNELS.refuses(Network(1, (*layers, layer)), 1, 3, torch.float32)
+
+
 def test_what_is_refused() -> None:
     network, _ = chain(2, (20,))
     assert cpu.KERNELS.refuses(network, 4, 16, torch.float32) is None
