@@ -123,8 +123,10 @@ def pretrain(
     result = trainer.run(resume=place.resume)
     (place.out / "config.toml").write_text(text, encoding="utf-8")
     place.say(ending(result, steps))
-    measured = {"pre-trained": task.evaluate(on_cpu(result.model), steps, seed=config.seed)}
-    return finish(task, place, "pretrain", config, result, measured if steps else {})
+    measured = {}
+    if steps:
+        measured["pre-trained"] = task.evaluate(on_cpu(result.model), steps, seed=config.seed)
+    return finish(task, place, "pretrain", config, result, measured)
 
 
 def finetune(
