@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fmft_fast import commands, demo
+from fmft_fast import analyze, commands, demo
 from fmft_fast.commands import SECTIONS, Place
 from fmft_fast.errors import ConfigError, FmftError
 from fmft_fast.info import info_text, package_info
@@ -107,6 +107,16 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_counts, default=STEPS, help="numbers of Euler steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of noise and fresh data")
     sub.add_argument("--out", type=Path, help="folder for results.json")
+    sub = add("analyze", run_analyze, "Compare errors with theory's bound, and measure stiffness.")
+    _add_task(sub)
+    for name in ("before", "after"):
+        text = f"run or checkpoint {name} fine-tuning"
+        sub.add_argument(f"--{name}", required=True, metavar="CHECKPOINT", help=text)
+    sub.add_argument("--steps", type=_counts, default=STEPS, help="numbers of Euler steps")
+    sub.add_argument("--samples", type=_count, help="noise samples (default 512, or 32 if large)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    sub.add_argument("--out", type=Path, help="folder (default runs/TASK/analysis)")
+    sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
     sub = add("demo", run_demo, "Show the gap and how fine-tuning closes it, on several seeds.")
     sub.add_argument("--task", help=f"one of {', '.join(TASKS)} (default toy-gmm)")
     sub.add_argument("--seeds", type=_seeds, help="different numbers (default 0,1,2)")
@@ -210,6 +220,13 @@ def _counts(text: str) -> tuple[int, ...]:
     return _numbers(text, 1)
 
 
+def _count(text: str) -> int:
+    number, *more = _counts(text)
+    if more:
+        raise argparse.ArgumentTypeError(f"expected one number from 1 on, got {text!r}")
+    return number
+
+
 def _seeds(text: str) -> tuple[int, ...]:
     return _numbers(text, 0)
 
@@ -272,6 +289,22 @@ def run_evaluate(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     place = Place(known.out) if known.out is not None else None
     task = find_task(known.task)
     print(commands.evaluate(task, known.checkpoint, known.steps, place, seed=known.seed))
+    return 0
+
+
+def run_analyze(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """`fmft analyze TASK`."""
+    task = find_task(known.task)
+    place = Place(known.out or Path("runs") / task.name / "analysis", quiet=known.quiet)
+    analyze.run(
+        task,
+        place,
+        before=known.before,
+        after=known.after,
+        steps=known.steps,
+        samples=known.samples,
+        seed=known.seed,
+    )
     return 0
 
 

@@ -206,7 +206,7 @@ class ErrorBound:
             "one_sided": self.one_sided.amax(0),
             "curvature": self.curvature.amax(0),
         }
-        bounds = {}
+        bounds, uniform = {}, self.uniform_log10
         for kind in KINDS:
             # Logarithms, since the bounds range over hundreds of powers of ten.
             log10 = {
@@ -222,7 +222,7 @@ class ErrorBound:
             "samples": len(self.error),
             **{name: summary(values) for name, values in numbers.items()},
             "bounds": bounds,
-            "uniform_log10": self.uniform_log10,
+            "uniform_log10": uniform if math.isfinite(uniform) else None,
             "accuracy": self.accuracy,
             "safety": self.safety,
         }

@@ -178,13 +178,13 @@ def test_initial_error_is_amplified_too():
 def test_unequal_steps_and_given_paths_agree_with_their_own():
     law, x0 = mixture(), noise(20)
     grid = torch.tensor([0.0, 0.05, 0.3, 0.9, 1.0], dtype=torch.float64)
-    b = error_bound(Perturbed(law), law, x0, grid)
+    b = error_bound(Perturbed(law), law, x0, grid, path=exact_path(law, x0, refine(grid, 200)))
     assert all(bool(b.holds(kind).all()) for kind in KINDS)
     phi = solve(Perturbed(law).double(), x0, steps=grid, gradient="none").y
-    psi = solve(law, x0, method="rk4", steps=500, gradient="none").y
+    psi = solve(law, x0, method="rk4", steps=200, gradient="none").y
     torch.testing.assert_close(b.error, (phi - psi).norm(dim=1), rtol=1e-5, atol=1e-6)
-    again = error_bound(Perturbed(law), law, x0, grid, path=exact_path(law, x0, refine(grid)))
-    torch.testing.assert_close(again.bound("one_sided"), b.bound("one_sided"))
+    own = error_bound(Perturbed(law), law, x0[:3], grid)
+    torch.testing.assert_close(own.error, b.error[:3], rtol=1e-5, atol=1e-6)
     assert known_path().accuracy < 1e-5
 
 
@@ -203,9 +203,9 @@ def test_the_given_constants_are_covered_by_denser_samples_and_safety():
 
 def test_large_states_use_the_power_iteration_with_the_same_outcome():
     torch.manual_seed(0)
-    field, other = MLP(24, hidden=(32,), activation="tanh"), MLP(24, hidden=(32,))
-    x0 = noise(5, dim=24)
-    b = error_bound(other, field, x0, 3)
+    field, other = MLP(130, hidden=(8,), activation="tanh"), MLP(130, hidden=(8,))
+    x0 = noise(5, dim=130)
+    b = error_bound(other, field, x0, 3, path=exact_path(field, x0, 30))
     exact = torch.linalg.matrix_norm(jacobian(field.double(), torch.zeros(5).double(), x0), 2)
     torch.testing.assert_close(b.lipschitz[0], exact, rtol=1e-3, atol=0)
     assert all(bool(b.holds(kind).all()) for kind in KINDS)
