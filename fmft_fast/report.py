@@ -55,8 +55,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Show a number with three figures."""
-    return f"{value:.3g}" if math.isfinite(value) else "not finite"
+    """Show a number with three figures, or more where it is larger than they can tell."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def median_results(runs: Sequence[Results]) -> dict[int, dict[str, float]]:

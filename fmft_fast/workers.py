@@ -45,7 +45,7 @@ class Ended:
 
 
 def run_jobs(
-    jobs: Sequence[Job], workers: int, *, tick: Callable[[], None] | None = None
+    jobs: Sequence[Job], workers: int, *, tick: Callable[[], object] | None = None
 ) -> Generator[Ended, None, None]:
     """Keep `workers` processes at work and give each job as it ends.
 
@@ -101,7 +101,7 @@ def _run_here(jobs: Sequence[Job]) -> Generator[Ended, None, None]:
 
 
 def _run_apart(
-    jobs: Sequence[Job], workers: int, tick: Callable[[], None] | None
+    jobs: Sequence[Job], workers: int, tick: Callable[[], object] | None
 ) -> Generator[Ended, None, None]:
     waiting, unfinished, failed = list(jobs), {job.name for job in jobs}, set[str]()
     idle: list[_Worker] = []

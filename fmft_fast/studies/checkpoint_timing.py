@@ -11,7 +11,7 @@ from torch import nn
 from fmft_fast.analysis import plots
 from fmft_fast.studies.base import Rows, Settings, Study, register
 from fmft_fast.studies.estimates import estimate, table
-from fmft_fast.studies.models import Models, Pretrained, finetune
+from fmft_fast.studies.models import Models, Pretrained, finetune, in_ninths
 from fmft_fast.tasks import find_task
 
 # Per cent of pre-training after which fine-tuning starts, and the ninths that they mean.
@@ -24,8 +24,8 @@ TITLES = {
 }
 # At a constant rate one run shows all durations; with the tasks' cosine each would need its own.
 SIZES: dict[str, dict[str, Any]] = {
-    "toy-gmm": {"pretrain_steps": 2997, "finetune_steps": 1800, "lr": 2e-3},
-    "digits": {"pretrain_steps": 5994, "finetune_steps": 2400, "lr": 5e-4},
+    "toy-gmm": {"pretrain_steps": 2997, "finetune_steps": 1200, "lr": 4e-3},
+    "digits": {"pretrain_steps": 5994, "finetune_steps": 900, "lr": 5e-4},
 }
 POINTS = 6  # measured along a run
 
@@ -43,10 +43,7 @@ def cells(seeds: Sequence[int], *, quick: bool) -> list[dict[str, Any]]:
 
 def models(settings: Settings) -> list[Pretrained]:
     """Give the model pre-trained to the end, with a checkpoint after each ninth."""
-    ninth = settings["pretrain_steps"] // 9
-    often = {"checkpoint_every": ninth, "eval_every": ninth, "keep_last": 9}
-    layer = {"steps": 9 * ninth, **often}
-    return [Pretrained(settings["task"], settings["seed"], layer)]
+    return [in_ninths(settings["task"], settings["seed"], settings["pretrain_steps"])]
 
 
 def measure(settings: Settings, models_: Models) -> dict[str, Any]:

@@ -37,6 +37,18 @@ class Pretrained:
         return settings_key({"task": self.task, "seed": self.seed, **self.settings})
 
 
+def in_ninths(task: str, seed: int, steps: int) -> Pretrained:
+    """Want a model with a checkpoint after every ninth of its steps, which are made to divide.
+
+    Example:
+        >>> in_ninths("toy-gmm", 0, 3000).settings["steps"]
+        2997
+    """
+    ninth = steps // 9
+    often = {"checkpoint_every": ninth, "eval_every": ninth, "keep_last": 9}
+    return Pretrained(task, seed, {"steps": 9 * ninth, **often})
+
+
 @dataclass(frozen=True)
 class Models:
     """The pre-trained models of a study, in folders under `folder`."""

@@ -149,7 +149,7 @@ def _measure_all(
     with progress_bar(total, study.name, show=not place.quiet, unit="cell") as bar:
         bar.update(total - len(cells))
         try:
-            with closing(run_jobs(jobs, workers, tick=bar.refresh)) as ends:
+            with closing(run_jobs(jobs, workers, tick=lambda: bar.update(0))) as ends:
                 for ended in ends:
                     if ended.error is not None:
                         failed[ended.job.name] = ended.error
