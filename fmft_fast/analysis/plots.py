@@ -241,7 +241,10 @@ def medians(
         _title(axis, title)
     for axis in axes[len(panels) :]:
         axis.remove()
-    _legend_below(figure, axes[0], columns=min(4, len(labels)))
+    fullest = max(axes[: len(panels)], key=lambda axis: len(axis.get_lines()))
+    # Of the font's size a letter is about 0.08 inches wide, a line and its gaps 0.7.
+    entry = 0.7 + 0.08 * max(map(len, labels))
+    _legend_below(figure, fullest, columns=max(1, int(figure.get_figwidth() / entry)))
     return _save(figure, file)
 
 

@@ -102,7 +102,7 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
                 (points[0][0], estimate([value for _, value in points]))
                 for points in zip(*runs, strict=True)
             ]
-            label = f"from {start} % of pre-training"
+            label = f"start at {start} %"
             lines[label] = [(step, e.low, e.median, e.high) for step, e in found]
     file = folder / "checkpoint-timing.png"
     return [plots.medians(panels, file, xlabel="fine-tuning steps", log_x=False)]
