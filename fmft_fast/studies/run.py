@@ -80,16 +80,18 @@ def run(
             + "\n".join(f"  {name}: {error}" for name, error in failed.items())
             + f"\nthe others are kept in {kept}; mend the cause, then go on with --resume"
         )
+    measured = [cell.read() or {} for cell in cells]
     content = {
         "command": "study",
         "study": study.name,
         "question": study.question,
         "seeds": list(seeds),
         "quick": quick,
-        "cells": [cell.read() for cell in cells],
+        "cells": measured,
         "versions": versions(),
         "machine": {"class": machine_class("cpu"), "model": cpu()["model"], "workers": workers},
         "seconds": round(time.perf_counter() - started, 1),
+        "cell_seconds": round(sum(cell["seconds"] for cell in measured), 1),
         "cells_measured_now": len(left),
     }
     write_up(study, place, content)
