@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmft_fast.errors import InputError, InputTypeError
@@ -18,10 +19,12 @@ class Residual(nn.Module):
     Args:
         base: module `v(t, x)` or `v(t, x, cond)`; its `requires_grad` is switched off in place,
             unless joint.
-        branch: module of the same call, `delta`. One whose attribute `cond_dim` is 0 is not given
-            the condition.
+        branch: module of the same call, `delta`. Its attribute `cond_dim`, if it has one, tells
+            whether it takes the condition.
         joint: train the base as well. The two can then grow against each other: watch their
             cancellation, as `fmft_fast.train.MLEFineTuner` does.
+        show_velocity: give the branch v(t, x), flattened, as its condition or in front of that: it
+            can then correct with few weights what depends on features that the base knows.
 
     Attributes:
         recipe: how the branch was built (plain values), if it is to be built again from a
@@ -35,7 +38,6 @@ class Residual(nn.Module):
     (arXiv 2510.02081), residual fine-tuning.
 
     Example:
-        >>> import torch
         >>> from fmft_fast.fields import MLP
         >>> field = Residual(MLP(2), MLP(2, hidden=(8,)))
         >>> field(torch.tensor(0.5), torch.zeros(7, 2)).shape
@@ -46,7 +48,14 @@ class Residual(nn.Module):
 
     recipe: dict[str, Any] | None
 
-    def __init__(self, base: nn.Module, branch: nn.Module, joint: bool = False) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        branch: nn.Module,
+        joint: bool = False,
+        *,
+        show_velocity: bool = False,
+    ) -> None:
         super().__init__()
         for name, part in (("base", base), ("branch", branch)):
             if not isinstance(part, nn.Module):
@@ -55,7 +64,8 @@ class Residual(nn.Module):
                     f"wrap it in one"
                 )
         self.base, self.branch, self.joint, self.recipe = base, branch, joint, None
-        self._tells_branch = getattr(branch, "cond_dim", None) != 0
+        self.show_velocity = show_velocity
+        self._told = getattr(branch, "cond_dim", None)
         for name in ("dim", "cond_dim"):
             # What the base tells about its states, the sum tells, too.
             if hasattr(base, name):
@@ -72,8 +82,13 @@ class Residual(nn.Module):
     def parts(self, t: Tensor, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return v and delta, each of x's shape."""
         v = self.base(t, x) if cond is None else self.base(t, x, cond)
-        told = cond is not None and self._tells_branch
-        delta = self.branch(t, x, cond) if told else self.branch(t, x)
+        told = [v if v.ndim == 2 else v.flatten(1)] if self.show_velocity else []
+        seen = told[0].shape[1] if told else 0
+        if cond is not None and (self._told is None or self._told > seen):
+            told.append(cond)
+        if len(told) == 2:
+            told = [torch.cat(told, 1)]
+        delta = self.branch(t, x, *told)
         if v.shape != delta.shape:
             raise InputError(
                 f"expected base and branch to give the same shape, got {list(v.shape)} and "
@@ -90,4 +105,4 @@ class Residual(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what is trained."""
-        return f"joint={self.joint}"
+        return f"joint={self.joint}, show_velocity={self.show_velocity}"

@@ -48,9 +48,7 @@ def add_branch(field: nn.Module, rows: Batch, mean: Tensor, config: FinetuneConf
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, "branch"))
         branch = make_branch(recipe, mean.cpu())
-    model = Residual(field, branch.to(x.device, x.dtype), joint=config.joint)
-    model.recipe = recipe
-    return model.eval()
+    return _join(field, branch.to(x.device, x.dtype), recipe).eval()
 
 
 def make_branch(recipe: Mapping[str, Any], mean: Tensor) -> nn.Module:
@@ -65,6 +63,16 @@ def make_branch(recipe: Mapping[str, Any], mean: Tensor) -> nn.Module:
             f"residual_options: expected values that the branch takes, got {dict(options)} "
             f"({error}); see fmft_fast.fields.GAV and fmft_fast.fields.MLP"
         ) from error
+
+
+def _join(field: nn.Module, branch: nn.Module, recipe: dict[str, Any]) -> Residual:
+    model = Residual(field, branch, recipe["joint"], show_velocity=_sees_velocity(recipe))
+    model.recipe = recipe
+    return model
+
+
+def _sees_velocity(recipe: Mapping[str, Any]) -> bool:
+    return recipe["mode"] == "residual-mlp" and recipe["options"].get("velocity", True) is True
 
 
 def load_model(field: nn.Module, path: str | Path) -> nn.Module:
@@ -113,14 +121,12 @@ def _wrap(field: nn.Module, recipe: Any, path: str | Path) -> Residual:
     like = next(field.parameters())
     try:
         branch = make_branch(recipe, torch.zeros(recipe["state"])).to(like.device, like.dtype)
-        model = Residual(field, branch, joint=recipe["joint"])
+        return _join(field, branch, recipe)
     except (KeyError, TypeError, ValueError, FmftError) as error:
         raise CheckpointError(
             f"{path}: expected the recipe of a branch, got {recipe!r} ({error}); read it with the "
             f"version of fmft_fast that wrote it, or take another checkpoint"
         ) from error
-    model.recipe = recipe
-    return model
 
 
 def _make_gav(
@@ -128,7 +134,7 @@ def _make_gav(
 ) -> nn.Module:
     """A GAV around the mean of the data, or around what the option `center` names."""
     center = options.pop("center", "data")
-    _check_options(options, GAV, "residual", hidden=("dim", "cond_dim", "center"))
+    _check_options(options, GAV, "residual", hidden=("dim", "cond_dim"))
     if center in ("learned", "condition"):
         place = center
     elif center == "origin":
@@ -147,11 +153,17 @@ def _make_gav(
 def _make_mlp(
     state: tuple[int, ...], cond_dim: int, options: dict[str, Any], mean: Tensor
 ) -> nn.Module:
-    """An MLP whose last layer is zero: the sum begins as the pre-trained field, exactly."""
-    _check_options(options, MLP, "residual-mlp", hidden=("dim", "cond_dim"))
-    hidden = options.pop("hidden", HIDDEN)
+    """An MLP whose last layer is zero: the sum begins as the pre-trained field, exactly.
+
+    It sees the velocity of the field, unless the option `velocity` is false.
+    """
+    velocity = options.pop("velocity", True)
+    if not isinstance(velocity, bool):
+        raise ConfigError(f"residual_options: expected velocity = true or false, got {velocity!r}")
+    _check_options(options, MLP, "residual-mlp", hidden=("dim", "cond_dim"), more=("velocity",))
+    hidden, n = options.pop("hidden", HIDDEN), math.prod(state)
     widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
-    net = MLP(math.prod(state), hidden=widths, cond_dim=cond_dim, **options)
+    net = MLP(n, hidden=widths, cond_dim=cond_dim + n * velocity, **options)
     for parameter in net.linears[-1].parameters():
         nn.init.zeros_(parameter)
     return net if len(state) == 1 else _Flat(net)
@@ -192,11 +204,16 @@ def _as_center(center: Any, mean: Tensor) -> Tensor:
 
 
 def _check_options(
-    options: Mapping[str, Any], cls: type, mode: str, *, hidden: Sequence[str]
+    options: Mapping[str, Any],
+    cls: type,
+    mode: str,
+    *,
+    hidden: Sequence[str],
+    more: Sequence[str] = (),
 ) -> None:
     """Refuse an option that the branch does not take."""
     known = [name for name in inspect.signature(cls).parameters if name not in hidden]
-    known += ["center"] if "center" in hidden else []
+    known += more
     for name in options:
         if name not in known:
             raise unknown_key(name, known, f"a residual option of mode {mode}")

@@ -43,6 +43,21 @@ def test_a_branch_without_a_condition_is_not_given_one(branch_cond):
     )
 
 
+@pytest.mark.parametrize("branch_cond", [2, 5])
+@pytest.mark.parametrize("mode", ["off", "require"])
+def test_a_branch_can_be_shown_the_velocity_before_the_condition(branch_cond, mode):
+    base, branch = MLP(2, cond_dim=3), MLP(2, hidden=(8,), cond_dim=branch_cond)
+    field = Residual(base, branch, show_velocity=True).double()
+    t, x, cond = torch.tensor(0.0), torch.randn(5, 2).double(), torch.randn(5, 3).double()
+    v = base(t, x, cond)
+    told = torch.cat([v, cond], 1) if branch_cond == 5 else v
+    want = v + branch(t, x, told)
+    torch.testing.assert_close(field(t, x, cond), want)
+    with fused(mode):
+        y = solve(field, x, steps=1, cond=cond).y
+    torch.testing.assert_close(y, x + want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_only_a_joint_residual_trains_its_base(joint):
     field = make(joint=joint)

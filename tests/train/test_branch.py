@@ -133,7 +133,7 @@ SETTINGS = [
     {"mode": "residual", "joint": True, "anchor_weight": 0.1, "ema_decay": 0.9},
     {"mode": "residual", "dtype": "float64", "residual_options": {"construction": "lmi"}},
     {"mode": "residual-mlp", "ema_decay": 0.9, "weight_decay": 0.1},
-    {"mode": "residual-mlp", "residual_options": {"hidden": 8, "activation": "tanh"}},
+    {"mode": "residual-mlp", "residual_options": {"hidden": 8, "velocity": False}},
     {"mode": "direct", "anchor_weight": 0.5},
 ]
 
@@ -282,7 +282,8 @@ def test_shaped_and_conditional_states(mode, labels, tmp_path):
     assert isinstance(model, Residual)
     told = not labels and (mode == "residual-mlp" or bool(options))
     x, t = torch.randn(5, 2, 3), torch.tensor(0.5)
-    assert model.branch.cond_dim == (4 if told else 0)
+    velocity = 6 if mode == "residual-mlp" else 0
+    assert model.branch.cond_dim == velocity + (4 if told else 0)
     assert model(t, x, cond[:5]).shape == x.shape
     assert same(load_model(Shaped(4), tmp_path), model)
 
@@ -297,6 +298,7 @@ def test_shaped_and_conditional_states(mode, labels, tmp_path):
         ("residual", {"center": [1.0, 2.0]}, r"numbers of the shape \[1\], got \[1.0, 2.0\]"),
         ("residual", {"center": "condition"}, "needs conditions"),
         ("residual", {"width": "wide"}, "expected values that the branch takes, got {'width'"),
+        ("residual-mlp", {"velocity": 3}, "expected velocity = true or false, got 3"),
         ("residual-mlp", {"hidden": ["wide"]}, "expected values that the branch takes"),
     ],
 )
@@ -323,6 +325,7 @@ def test_settings_that_do_not_go_together_are_refused(field, settings, message):
 
 BRANCHES = [
     ("residual-mlp", {}),
+    ("residual-mlp", {"velocity": False, "activation": "silu"}),
     ("residual", {}),
     ("residual", {"activation": ["tanh", "asinh"], "center": "origin"}),
     ("residual", {"construction": "lmi", "activation": "softsign"}),
