@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from fmft_fast import _cuda
 from fmft_fast.errors import InputError
 from fmft_fast.ops.cuda_plan import Plan, lay_out, with_identities
-from fmft_fast.ops.network import Inputs, Network
+from fmft_fast.ops.network import Inputs, Layer, Network, Term
 from fmft_fast.ops.precision import matmul_precision
 from fmft_fast.ops.trajectory import Keep, Program, rebuild
 
@@ -35,9 +35,27 @@ plan = functools.partial(lay_out, _cuda.Field)
 
 
 @functools.lru_cache(maxsize=256)
+def _closed(same: _Same) -> Network:
+    """The network, with an identity after a last layer of which kernels take no part as last."""
+    network: Network = same.it
+    *_, last = network.layers
+    if last.activation == "identity" and last.cond is None:
+        return network
+    end = Layer(last.width, (Term(len(network.layers), None),))
+    return replace(network, layers=(*network.layers, end))
+
+
+@functools.lru_cache(maxsize=256)
+def _closed_program(same: _Same) -> Program:
+    program: Program = same.it
+    network = _closed(_Same(program.network))
+    return program if network is program.network else replace(program, network=network)
+
+
+@functools.lru_cache(maxsize=256)
 def _unsupported(same: _Same, stages: int, empty: bool, dtype: torch.dtype) -> str | None:
     network: Network = same.it
-    layers, last = with_identities(network), network.layers[-1]
+    layers = with_identities(network)
     terms = [term for layer in layers for term in layer.terms]
     weights = [term.weight for term in terms]
     numbers = [n for x in layers for n in (*(t.weight for t in x.terms), x.bias) if n is not None]
@@ -60,8 +78,6 @@ def _unsupported(same: _Same, stages: int, empty: bool, dtype: torch.dtype) -> s
             return f"the kernels take at most {limit} {name}, got {count}"
     if any(not layer.terms for layer in layers):
         return "a layer reads no value"
-    if last.activation != "identity" or last.cond is not None:
-        return "the last layer has an activation or a per-sample bias"
     used = _columns(network)
     if any(len(set(columns)) < len(columns) for columns in used.values()):
         return "two layers share a parameter"
@@ -251,13 +267,13 @@ class _Trajectory:
 
     def refuses(self, network: Network, stages: int, batch: int, dtype: torch.dtype) -> str | None:
         """See `TrajectoryKernels`."""
-        same = _Same(network)
+        same = _Same(_closed(_Same(network)))
         reason = _unsupported(same, stages, batch == 0, dtype)
         return reason or _unfit(same, _split(), stages, _limits(_device())[0])
 
     def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
         """See `TrajectoryKernels`."""
-        inputs, split = _contiguous(inputs), _split()
+        program, inputs, split = _closed_program(_Same(program)), _contiguous(inputs), _split()
         y0 = inputs.y0
         assert y0 is not None
         batch, state = y0.shape
@@ -295,6 +311,7 @@ class _Trajectory:
     ) -> Inputs:
         """See `TrajectoryKernels`."""
         stage_inputs, split = kept
+        program = _closed_program(_Same(program))
         inputs, grad = _contiguous(inputs), grad.contiguous()
         y0 = inputs.y0
         assert y0 is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fmft_fast.fields import GAV, MLP, Residual
+from fmft_fast.fusion import Plan, find_plan
 from fmft_fast.ops.network import Inputs, Layer, Network, Term
 from fmft_fast.ops.trajectory import Program
 from fmft_fast.solvers.methods import METHODS
@@ -47,6 +49,67 @@ def viscosity(state, hidden, branches=2, base=False):
     layers.append(Layer(state, tuple(terms), bias=len(parameters)))
     parameters.append((state,))
     return Network(state, tuple(layers)), parameters
+
+
+# v + GAV: every construction, activation, centre and metric, with and without a condition.
+CENTER = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
+RESIDUALS = {
+    "collocated": {"activation": ("tanh", "softsign", "asinh"), "center": CENTER},
+    "collocated, condition": {
+        "activation": ("clipped_cube", "leaky_relu"),
+        "center": "condition",
+        "cond_dim": 2,
+    },
+    "lmi, low rank": {
+        "construction": "lmi",
+        "activation": ("asinh", "clipped_cube"),
+        "center": "learned",
+        "rank": 2,
+    },
+    "lmi, metric": {"construction": "lmi", "activation": ("leaky_relu",), "metric": "learned"},
+    "schur-cayley, metric": {
+        "construction": "schur-cayley",
+        "activation": ("softsign", "tanh"),
+        "metric": "learned",
+    },
+    "schur-cayley-free, condition": {
+        "construction": "schur-cayley-free",
+        "activation": ("tanh", "asinh"),
+        "center": "condition",
+        "cond_dim": 2,
+    },
+}
+
+
+def residual_field(name, seed=0, joint=False):
+    """A field of `RESIDUALS` in float64, its parameters away from where they start."""
+    torch.manual_seed(seed)
+    options = dict(RESIDUALS[name])
+    construction = options.get("construction", "collocated")
+    width = None if construction.startswith("schur") else 12
+    count, cond = len(options["activation"]), options.get("cond_dim", 0)
+    branch = GAV(3, branches=count, width=width, **options)
+    field = Residual(MLP(3, (10, 10), "silu", cond_dim=cond), branch, joint).double()
+    with torch.no_grad():
+        for part, p in branch.named_parameters():
+            # Tiny gains would make the branch stiff, and gradients ill-conditioned.
+            small = part.endswith(("gain", "diagonal"))
+            p.copy_(0.1 + 0.1 * torch.rand_like(p) if small else 0.3 * torch.randn_like(p))
+    return field
+
+
+@torch.no_grad()
+def residual(name, batch, method="midpoint", steps=2, outputs=None):
+    """Steps of such a field as one network, with its tensors."""
+    field = residual_field(name)
+    y0 = torch.randn(batch, 3, dtype=torch.float64)
+    width = RESIDUALS[name].get("cond_dim", 0)
+    cond = torch.randn(batch, width, dtype=torch.float64) if width else None
+    plan = find_plan(field, y0, cond)
+    assert isinstance(plan, Plan), str(plan)
+    inputs = plan.bind(None, cond, y0.shape[:-1])
+    inputs.y0 = y0
+    return make_program(plan.network, method, steps, outputs, uneven=True), inputs
 
 
 def odd_arguments(dtype):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from ops.kernel_sets import instruction_set
 from ops.networks import (
+    RESIDUALS,
     activation_alone,
     chain,
     make_inputs,
     make_program,
     odd_arguments,
+    residual,
     viscosity,
 )
 
@@ -91,6 +93,14 @@ def test_every_network(isa, name, keep) -> None:
         inputs = make_inputs(network, shapes, batch, 9)
         for dtype in (torch.float32, torch.float64):
             check(program, inputs, keep, dtype)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_v_and_gav_as_one_field(isa, name, keep) -> None:
+    program, inputs = residual(name, 23, "heun3", outputs=(1, 2))
+    for dtype in (torch.float32, torch.float64):
+        check(program, inputs, keep, dtype)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_sets import ROOT, with_binding
-from networks import chain, make_inputs, make_program, viscosity
+from networks import RESIDUALS, chain, make_inputs, make_program, residual, viscosity
 
 from fmft_fast.errors import InputError
 from fmft_fast.ops.cuda_plan import _place
@@ -108,6 +108,14 @@ def test_values_and_gradients(kernels, precision, name) -> None:
     check(kernels, program, inputs, precision)
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"], indirect=True)
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_v_and_gav_as_one_field(kernels, precision, name) -> None:
+    program, inputs = residual(name, 17)
+    assert kernels.refuses(program.network, program.stages, 17, torch.float32) is None
+    check(kernels, program, inputs, precision)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(kernels, precision, activation) -> None:
     slope = {"leaky_relu": 0.2, "elu": 0.7, "softplus": 8.0}.get(activation, 1.0)
@@ -137,6 +145,14 @@ def test_a_last_layer_that_adds_a_value(kernels) -> None:
     first, last = network.layers
     network = replace(network, layers=(first, replace(last, skips=(0, 1))))
     check(kernels, *make(network, shapes), "highest")
+
+
+def test_a_last_layer_with_a_condition_and_an_activation(kernels, precision) -> None:
+    network, shapes = chain(5, (18,), "silu", cond=True)
+    first, last = network.layers
+    last = replace(last, cond=1, activation="tanh", skips=(0,))
+    network = replace(network, layers=(first, last))
+    check(kernels, *make(network, shapes, "midpoint", 33, outputs=(0, 2)), precision)
 
 
 def test_columns_that_no_layer_reads_and_gradients_that_nobody_wants(kernels) -> None:
@@ -252,8 +268,6 @@ def test_refusals_say_what_is_not_supported(kernels) -> None:
     )
     assert refusal(first, last, batch=0) == "the batch is empty"
     assert refusal(first, last, stages=8) == "the kernels take at most 7 stages, got 8"
-    assert "per-sample bias" in refusal(first, replace(last, cond=0))
-    assert "activation" in refusal(first, replace(last, activation="tanh"))
     assert refusal(first, replace(last, bias=1)) == "two layers share a parameter"
     assert "share a table" in refusal(replace(first, table=0), replace(last, table=0))
     many = [Layer(2, (Term(i, i),)) for i in range(13)]

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from networks import chain, make_inputs, make_program, viscosity
+from networks import RESIDUALS, chain, make_inputs, make_program, residual, viscosity
 
 from fmft_fast.ops import trajectory_layered
 from fmft_fast.ops.network import ACTIVATIONS, Layer, Network, Term
@@ -30,7 +30,11 @@ def solve(kernels, program, inputs, keep, grad, wanted=None):
 def check(program, shapes, batch, keep="activations", wanted=None):
     """Compare float64 with the reference, and float32 with torch's own error there."""
     stages = program.steps * program.stages
-    inputs = make_inputs(program.network, shapes, batch, stages)
+    return compare(program, make_inputs(program.network, shapes, batch, stages), keep, wanted)
+
+
+def compare(program, inputs, keep, wanted=None):
+    """As `check`, of given tensors."""
     grad = torch.randn(len(program.outputs), *inputs.y0.shape, dtype=torch.float64)
     true = solve(REFERENCE, program, inputs, keep, grad, wanted)
     got = solve(KERNELS, program, inputs, keep, grad, wanted)
@@ -88,6 +92,12 @@ def test_methods(method):
 def test_several_terms(base, keep):
     network, shapes = viscosity(5, 9, branches=3, base=base)
     check(make_program(network, "rk4", 3), shapes, 6, keep)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_v_and_gav_as_one_field(name, keep):
+    compare(*residual(name, 11, "rk4"), keep)
 
 
 def test_an_identity_term_a_shared_matrix_and_a_dead_layer():

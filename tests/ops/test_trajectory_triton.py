@@ -13,11 +13,13 @@ import pytest
 import torch
 from kernel_sets import INTERPRETED
 from networks import (
+    RESIDUALS,
     activation_alone,
     chain,
     make_inputs,
     make_program,
     odd_arguments,
+    residual,
     viscosity,
 )
 
@@ -109,6 +111,10 @@ class TestNumbers:
     @pytest.mark.parametrize("name", CASES)
     def test_values_and_gradients(self, name, device) -> None:
         check(*case(name), device)
+
+    @pytest.mark.parametrize("name", RESIDUALS)
+    def test_v_and_gav_as_one_field(self, name, device) -> None:
+        check(*residual(name, 19), device)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_activations(self, activation, device) -> None:
