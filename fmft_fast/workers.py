@@ -128,7 +128,9 @@ def _run_apart(
                 (failed.add if ended.error is not None else unfinished.discard)(ended.job.name)
                 yield ended
     finally:
-        for worker in (*idle, *busy):
+        for worker in idle:
+            worker.pipe.close()  # at whose end a worker leaves
+        for worker in busy:
             worker.process.terminate()
         for worker in (*idle, *busy):
             worker.process.join()
