@@ -296,7 +296,7 @@ def measure(jacobian: Tensor, certificate: Certificate) -> Verification:
     j, p, n, condition = jacobian, certificate.metric, jacobian.shape[-1], 1.0
     if p is not None:
         one = torch.eye(n // len(p), dtype=p.dtype, device=p.device)
-        half, inverse, condition = roots(torch.kron(p, one))
+        half, inverse, condition = roots(torch.kron(p, one).to(jacobian.device))
         j = half @ jacobian @ inverse
     largest = float(torch.linalg.eigvalsh((j + j.mT) / 2)[..., -1].max())
     norm = float(torch.linalg.matrix_norm(j, 2).max())

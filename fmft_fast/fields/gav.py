@@ -40,14 +40,16 @@ class GAV(nn.Module):
     Args:
         dim: size of a state, or its shape; states are flattened.
         branches: number of branches.
-        width: units per branch; by default max(128, 2 dim), or dim for the schur-cayley kinds.
+        width: units per branch; by default max(128, 2 dim), with a rank 128, and for the
+            schur-cayley kinds dim.
         construction: as above.
         activation: a name in `BRANCH_ACTIVATIONS`, or one per branch.
         rate: smallest contraction rate c, per unit of flow time.
         metric: "identity" (P = I) or "learned" (full P with eigenvalues in [0.1, 10]).
         center: b as a tensor, "learned", "condition" (a linear map of the condition; contraction
             holds at a fixed condition), or None for 0.
-        rank: of K = U V^T - V U^T and R, so that A_0 costs O(dim rank); None for full matrices.
+        rank: of K = U V^T - V U^T and R, so that A_0 costs O(dim rank), for images; None for full
+            matrices. A learned metric is a full matrix in any case.
         cond_dim: size of a condition, for center = "condition".
         offsets: whether the units have offsets s_j; without them delta(b - y) = -delta(b + y) for
             odd f_j.
@@ -88,7 +90,8 @@ class GAV(nn.Module):
         names = (activation,) * branches if isinstance(activation, str) else tuple(activation)
         kind = _checked(self.shape, branches, width, construction, names, rate, metric, rank)
         self.rate, self.rank, self.cond_dim, self.construction = rate, rank, cond_dim, construction
-        m = width or (n if construction.startswith("schur") else max(WIDTH, 2 * n))
+        wide = max(WIDTH, 2 * n) if rank is None else WIDTH
+        m = width or (n if construction.startswith("schur") else wide)
         r = rank or n
         self.branches = nn.ModuleList(kind(n, m, name, offsets) for name in names)
         self.excess_rate = nn.Parameter(torch.tensor(START))
