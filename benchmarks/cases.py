@@ -14,11 +14,11 @@ from fmft_fast import odeint, record_stats
 from fmft_fast.solvers.methods import find_method
 from fmft_fast.solvers.tableau import Tableau
 
-from .fields import MLP, Bound, ResidualGAV, UNet
+from .fields import MLP, Bound, ResidualGAV, UNet, residual_gav
 
 Operation = Literal["forward", "gradient", "training"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-FieldName = Literal["mlp", "policy", "gav", "unet"]
+FieldName = Literal["mlp", "policy", "gav", "residual", "unet"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Case:
         name: key on the command line.
         batch: number of states.
         shape: shape of one state.
-        field: "mlp" (SELU), "policy" (SiLU, with a condition), "gav" or "unet".
+        field: "mlp" (SELU), "policy" (SiLU, with a condition), "gav" (free matrices),
+            "residual" (a `GAV` beside an MLP) or "unet".
         hidden: widths of the hidden layers; of the UNet its channels.
         method: name of the method.
         steps: number of equal steps, or None for adaptive steps.
@@ -80,6 +81,7 @@ CASES = {
             "policy", 256, (32,), "policy", (256, 256, 256), steps=4, cond=66, operations=OPERATIONS
         ),
         Case("gav", 256, (8,), "gav"),
+        Case("residual", 256, (8,), "residual"),
         Case("unet", 16, (1, 28, 28), "unet", (16,), steps=4),
         Case("dopri5", 256, (2,), method="dopri5", steps=None),
         Case("long", 256, (2,), steps=256),
@@ -168,6 +170,8 @@ def _make_field(case: Case) -> nn.Module:
     (dim,) = case.shape
     if case.field == "gav":
         return ResidualGAV(dim, case.hidden)
+    if case.field == "residual":
+        return residual_gav(dim, case.hidden)
     act = nn.SiLU if case.field == "policy" else nn.SELU
     return MLP(dim, case.hidden, act, case.cond)
 

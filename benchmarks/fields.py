@@ -1,10 +1,12 @@
-"""The velocity fields that are timed: plain torch modules, as users write them."""
+"""The velocity fields that are timed: plain torch modules, as users write them, and v + GAV."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fmft_fast.fields import GAV, Residual
 
 
 class MLP(nn.Module):
@@ -43,6 +45,13 @@ class ResidualGAV(nn.Module):
         for a, f, d in zip(self.a, self.f, self.d, strict=True):
             v = v + a(f(d(x)))
         return v
+
+
+def residual_gav(dim: int, hidden: tuple[int, ...]) -> Residual:
+    """An MLP and the package's own GAV of three branches, trained together."""
+    names = ("tanh", "leaky_relu", "asinh")
+    branch = GAV(dim, branches=len(names), width=2 * dim, activation=names)
+    return Residual(MLP(dim, hidden, nn.SELU), branch, joint=True)
 
 
 class UNet(nn.Module):

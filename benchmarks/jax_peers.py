@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
+from fmft_fast.fields import Residual
+
 from .cases import Operation, Problem
 from .fields import MLP, ResidualGAV, UNet
 from .peers import LEARNING_RATE, Call, NotApplicable, stage_times
@@ -151,6 +153,8 @@ def velocity(problem: Problem) -> Velocity:
         return _unet
     if isinstance(field, ResidualGAV):
         return _gav
+    if isinstance(field, Residual):
+        return _residual
     assert isinstance(field, MLP)
     act = jax.nn.silu if problem.case.field == "policy" else jax.nn.selu
     cond = None if problem.cond is None else _array(problem.cond)
@@ -178,6 +182,17 @@ def _gav(t: Any, x: Any, w: Weights) -> Any:
     out = _mlp(t, x, w, jax.nn.selu, prefix="mlp.") + x @ w["a0.weight"].T
     for i, f in enumerate((jnp.tanh, lambda z: jax.nn.leaky_relu(z, 0.1), jax.nn.elu)):
         out = out + f(x @ w[f"d.{i}.weight"].T) @ w[f"a.{i}.weight"].T
+    return out
+
+
+def _residual(t: Any, x: Any, w: Weights) -> Any:
+    r, k = w["branch.damping"], w["branch.skew"]
+    rate = 1e-3 + jax.nn.softplus(10 * w["branch.excess_rate"])
+    out = _mlp(t, x, w, jax.nn.selu, prefix="base.") + x @ (k - k.T - r @ r.T).T - rate * x
+    for i, f in enumerate((jnp.tanh, jax.nn.leaky_relu, jnp.arcsinh)):
+        gain, offset, d = (w[f"branch.branches.{i}.{n}"] for n in ("gain", "offset", "directions"))
+        a = -(d * (jax.nn.softplus(10 * gain) * d.shape[1] / len(d))[:, None]).T
+        out = out + (f(x @ d.T + offset) - f(offset)) @ a.T
     return out
 
 

@@ -49,14 +49,15 @@ def test_useful_flops_of_a_chain_are_those_of_its_matrices():
     assert Problem(CASES["policy"]).useful_flops("forward") == policy
 
 
-@pytest.mark.parametrize("name", ["small", "rk4", "policy", "gav", "unet", "dopri5"])
+@pytest.mark.parametrize("name", ["small", "rk4", "policy", "gav", "residual", "unet", "dopri5"])
 @pytest.mark.parametrize("peer", EAGER)
 def test_an_adapter_is_right(name, peer):
     check_adapter(name, peer)
 
 
 @pytest.mark.parametrize(
-    ("name", "peer"), [("rk4", "jax"), ("gav", "jax"), ("unet", "jax"), ("policy", "diffrax")]
+    ("name", "peer"),
+    [(name, "jax") for name in ("rk4", "gav", "residual", "unet")] + [("policy", "diffrax")],
 )
 def test_a_jax_adapter_is_right(name, peer):
     if not all(importlib.util.find_spec(package) for package in ("jax", "diffrax")):
