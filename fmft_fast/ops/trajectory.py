@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -37,10 +38,15 @@ class Program:
     outputs: tuple[int, ...]
     weights: Tensor | None = None
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Number of steps N."""
         return self.times.shape[0]
+
+    @cached_property
+    def last_step(self) -> float | None:
+        """Size of the last step; None without steps."""
+        return abs(self.h[-1].item()) if self.steps else None
 
     @property
     def stages(self) -> int:

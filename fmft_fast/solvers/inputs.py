@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError, InputTypeError
 from .methods import Family, Method, find_method
@@ -220,11 +221,14 @@ _OPTIONS: dict[Family, type] = {
     "scipy": ScipyOptions,
 }
 
+_DEFAULTS = {family: options() for family, options in _OPTIONS.items()}
 _OPTION_NAMES = {family: frozenset(f.name for f in fields(o)) for family, o in _OPTIONS.items()}
 
 
 def parse_options(method: str, family: Family, options: dict[str, Any]) -> Any:
     """The options of a family as a dataclass; unknown ones warn, as in torchdiffeq."""
+    if not options:
+        return _DEFAULTS[family]
     names = _OPTION_NAMES[family]
     unknown = {name: value for name, value in options.items() if name not in names}
     if unknown:
@@ -294,12 +298,14 @@ def direction_of(t: Tensor) -> int:
     if len(values) < 2:
         return 1
     sign = 1 if values[1] > values[0] else -1
-    for i, (left, right) in enumerate(zip(values, values[1:], strict=False)):
-        if not sign * (right - left) > 0:
-            raise InputError(
-                "t must be strictly increasing or decreasing, got "
-                f"t[{i}] = {left} and t[{i + 1}] = {right}; sort it and drop repeated times"
-            )
+    in_order = list(map(operator.lt if sign > 0 else operator.gt, values, values[1:]))
+    if not all(in_order):
+        i = in_order.index(False)
+        raise InputError(
+            "t must be strictly increasing or decreasing, got "
+            f"t[{i}] = {values[i]} and t[{i + 1}] = {values[i + 1]}; "
+            "sort it and drop repeated times"
+        )
     return sign
 
 
@@ -338,8 +344,23 @@ def _split_norm(norm: Norm | None, shapes: Sequence[torch.Size] | None) -> Norm 
     return lambda y: on_parts(unflatten(y, (), shapes))
 
 
+def _has(func: Any, name: str) -> bool:
+    """As `hasattr`, which for what a module lacks takes a microsecond and makes an error."""
+    if isinstance(func, nn.Module) and type(func).__getattr__ is nn.Module.__getattr__:
+        own = func.__dict__
+        kinds = ("_modules", "_parameters", "_buffers")
+        return (
+            name in own
+            or hasattr(type(func), name)
+            or any(name in own[kind] for kind in kinds if kind in own)
+        )
+    return hasattr(func, name)
+
+
 def _collect_callbacks(func: Any, method: str, normal: NormalisedField) -> dict[str, Callable]:
-    found = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
+    found = {name: getattr(func, name) for name in CALLBACKS if _has(func, name)}
+    if not found:
+        return found
     valid = _VALID_CALLBACKS[find_method(method).family]
     invalid = set(found) - set(valid)
     if invalid:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,6 @@ from .stepwise_adjoint import StepwisePlan, solve_stepwise
 from .tableau import Tableau
 from .whole_solve import (
     find_route,
-    is_finite,
     make_program,
     obstacle,
     route_or_none,
@@ -79,12 +79,26 @@ def make_grid(t0: float | Tensor, t1: float | Tensor, steps: int | Tensor | None
             raise InputError(
                 f"steps must be a positive int or a tensor of times [N + 1], got {steps!r}"
             )
-        ends = [torch.as_tensor(t, dtype=torch.float64).reshape(()) for t in (t0, t1)]
-        device = next((t.device for t in ends if t.device.type != "cpu"), ends[0].device)
-        share = torch.arange(count + 1, dtype=torch.float64, device=device) / count
-        grid = torch.lerp(ends[0].to(device), ends[1].to(device), share)
+        if isinstance(t0, (int, float)) and isinstance(t1, (int, float)) and not is_traced():
+            return torch.tensor(_equal_times(t0, t1, count), dtype=torch.float64)
+        grid = _equal_steps(t0, t1, count)
     direction_of(grid)
     return grid
+
+
+def _equal_steps(t0: float | Tensor, t1: float | Tensor, count: int) -> Tensor:
+    ends = [torch.as_tensor(t, dtype=torch.float64).reshape(()) for t in (t0, t1)]
+    device = next((t.device for t in ends if t.device.type != "cpu"), ends[0].device)
+    share = torch.arange(count + 1, dtype=torch.float64, device=device) / count
+    return torch.lerp(ends[0].to(device), ends[1].to(device), share)
+
+
+@lru_cache(maxsize=64)
+def _equal_times(t0: float, t1: float, count: int) -> list[float]:
+    """The times of equal steps, remembered: they take longer than a small network's step."""
+    grid = _equal_steps(t0, t1, count)
+    direction_of(grid)
+    return grid.tolist()
 
 
 @dataclass
@@ -135,10 +149,15 @@ class SolveRequest:
                 f"params must be tensors, got {type(wrong[0]).__name__}; for a module pass "
                 "module.parameters()"
             )
-        module = find_parameters(self.field) if isinstance(self.field, nn.Module) else []
+        self.params = given
         self.keeps_graph = torch.is_grad_enabled() and self.gradient != "none"
-        unique = {id(p): p for p in (*module, *given) if p.requires_grad}
-        self.params = tuple(unique.values())
+
+    @cached_property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What requires grad of the field's parameters and of `params`, each once."""
+        module = find_parameters(self.field) if isinstance(self.field, nn.Module) else []
+        unique = {id(p): p for p in (*module, *self.params) if p.requires_grad}
+        return tuple(unique.values())
 
     def _check_method(self) -> None:
         family = find_method(self.method).family
@@ -210,7 +229,7 @@ class SolveRequest:
         t = make_grid(self.t0, self.t1, self.steps).to(self.x0.device)
         tolerances = self.tolerances if self.adaptive else {"rtol": 1e-7, "atol": 1e-9}
         common: dict[str, Any] = {"method": self.method, "options": self.options, **tolerances}
-        params = (*self.params, *(() if self.cond is None else (self.cond,)))
+        params = (*self.leaves, *(() if self.cond is None else (self.cond,)))
         with record_stats() as log:
             if self.gradient == "continuous":
                 self._refuse_lost_gradients(t[0])
@@ -230,7 +249,7 @@ class SolveRequest:
             with torch.enable_grad():
                 leaf = self.x0.detach().requires_grad_()
                 k = self.call(t.detach().to(real_dtype(leaf.dtype)), leaf)
-            known = (*self.params, *(() if self.cond is None else (self.cond,)))
+            known = (*self.leaves, *(() if self.cond is None else (self.cond,)))
             KnownTensors(known).refuse_lost(k, leaf)
 
     def by_steps(self) -> Solution:
@@ -244,13 +263,13 @@ class SolveRequest:
         x = self.x0.float() if dtype in (torch.float16, torch.bfloat16) else self.x0
         if discrete and x.is_inference():
             x = x.clone()  # an inference tensor cannot be kept for the backward pass
-        kernels = choose_kernels(x, self.backend)
         tableau, grid = self.tableau.advancing, make_grid(self.t0, self.t1, self.steps)
         problem = self._problem(grid, x) if self.adaptive else None
         if not compiling:
             fused = self._in_one_call(grid, problem)
             if fused is not None:
                 return fused
+        kernels = choose_kernels(x, self.backend)
         known, control = None, None
         if problem is not None:
             keep_inputs = self.keeps_graph and not self.checkpoint_every
@@ -268,7 +287,7 @@ class SolveRequest:
         table = self._time_rows(tableau, grid.detach() if discrete else grid)
         versions = [] if compiling or is_traced() else _versions(x, table)
         if discrete:
-            y = DiscreteSolve.apply(plan, x, grid, table, self.cond, *self.params)
+            y = DiscreteSolve.apply(plan, x, grid, table, self.cond, *self.leaves)
         elif known is not None and not self.keeps_graph:
             y = torch.stack(known[0]) if plan.save_all else known[0][-1]
         else:
@@ -347,12 +366,12 @@ class SolveRequest:
                 program = make_program(
                     route.plan.network, tableau, grid.tolist(), grid.dtype, self.x0.dtype, wanted
                 )
-                y = route.solve(program, self.x0, low_memory)
-                y = y if self.save == "all" else y[0]
-                last = abs(float(program.h[-1]))
-                stats = SolveStats(self.method, steps * program.stages, steps, 0, last)
-        if y.device.type == "cpu" and not is_finite(y):
-            return None
+                states = route.solve(program, self.x0, low_memory)
+                if states is None:
+                    return None
+                y = states if self.save == "all" else states[0]
+                count = steps * program.stages
+                stats = SolveStats(self.method, count, steps, 0, program.last_step)
         report(stats)
         return Solution(y, t, stats)
 

@@ -92,8 +92,10 @@ class Route:
     kernels: TrajectoryKernels
     cond: Tensor | None
 
-    def solve(self, program: Program, y0: Tensor, low_memory: bool) -> Tensor:
-        """The outputs [K, *state] of fixed steps.
+    def solve(self, program: Program, y0: Tensor, low_memory: bool) -> Tensor | None:
+        """The outputs [K, *state] of fixed steps, the final state among them.
+
+        None if that is not finite, on the host: the single steps find out where.
 
         Args:
             program: the steps.
@@ -105,6 +107,8 @@ class Route:
         keep = _what_to_keep(program, inputs, low_memory) if wants_grad else "nothing"
         with torch.no_grad():
             out, kept = self.kernels.forward(program, inputs, keep)
+        if not _ends_finite(out):
+            return None
         if wants_grad:
             out = self._attach(out, program, inputs, kept)
         return self.plan.restore(out, y0.shape[:-1])
@@ -112,7 +116,9 @@ class Route:
     def solve_adaptively(
         self, problem: Problem, low_memory: bool, meet: bool
     ) -> tuple[Tensor, AdaptiveSolve] | None:
-        """The states at problem.t, [T, *state], with step control; None if it ended early.
+        """The states at problem.t, [T, *state], with step control.
+
+        None if it ended early, or in what is not finite.
 
         Args:
             problem: what to solve.
@@ -127,9 +133,9 @@ class Route:
             found = cast(AdaptiveKernels, self.kernels).adaptive(
                 self.plan.network, tableau, control, inputs, problem.t.tolist(), keep
             )
-        if found.outcome != "done":
-            return None
         out = found.out
+        if found.outcome != "done" or not _ends_finite(out):
+            return None
         if wants_grad:
             out = self._attach(out, found.program, inputs, found.kept)
         return self.plan.restore(out, y0.shape[:-1]), found
@@ -241,9 +247,9 @@ def make_program(
     return program
 
 
-def is_finite(state: Tensor) -> bool:
-    """Whether a state on the host is finite, and so is its sum: one pass, at the least cost."""
-    return math.isfinite(state.detach().sum().item())
+def _ends_finite(out: Tensor) -> bool:
+    """Whether the final state on a host is finite, and so is its sum: one pass, at least cost."""
+    return out.device.type != "cpu" or math.isfinite(out[-1].sum().item())
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -324,8 +330,7 @@ def step_control(problem: Problem, meet: bool) -> Control:
 
 def stats_of(method: str, solve: AdaptiveSolve) -> SolveStats:
     """The statistics of an adaptive solve."""
-    steps = solve.program.steps
-    last = abs(float(solve.program.h[-1])) if steps else None
+    steps, last = solve.program.steps, solve.program.last_step
     return SolveStats(method, solve.evaluations, steps, solve.rejected, last)
 
 
@@ -340,10 +345,10 @@ def _integrate_fixed(problem: Problem, route: Route, tableau: Tableau) -> Tensor
         route.plan.network, tableau, nodes, problem.t.dtype, problem.field.time_dtype, wanted
     )
     states = route.solve(program, y0, low_memory=False)
-    if y0.device.type == "cpu" and not is_finite(states[-1]):
+    if states is None:
         return None
-    count, last = program.steps * program.stages, abs(float(program.h[-1]))
-    report(SolveStats(problem.method, count, program.steps, 0, last))
+    count = program.steps * program.stages
+    report(SolveStats(problem.method, count, program.steps, 0, program.last_step))
     return states if grid is None else _interpolate(states, wanted, grid, problem.t)
 
 
