@@ -20,7 +20,8 @@ from fmft_fast.train.checkpoint import resolve, versions
 
 # Small states are cheap: many samples, and many points between two trajectories.
 SMALL_DIM = 16
-SMALL, LARGE = {"samples": 512, "segment": 9}, {"samples": 32, "segment": 3}
+SMALL = {"samples": 512, "segment": 9, "steps": 100}
+LARGE = {"samples": 16, "segment": 3, "steps": 25}
 PATH_STEPS = 1000
 MAP_EXTENT, MAP_POINTS, MAP_STEPS = 3.0, 101, 10
 GROWTH = "integral of the one-sided constant"
@@ -53,7 +54,7 @@ def run(
         before: pre-trained run or checkpoint.
         after: fine-tuned run or checkpoint.
         steps: numbers of Euler steps.
-        samples: noise samples; by default 512 for small states, 32 for large ones.
+        samples: noise samples; by default 512 for small states, 16 for large ones.
         seed: of the noise.
 
     Raises:
@@ -79,9 +80,9 @@ def run(
                 field, reference.field, x0, n, path=given, segment=size["segment"]
             )
             place.say(f"\n{name} fine-tuning, {found[name][n]}")
-    slopes = {name: stiffness(field, x0) for name, field in fields.items()}
+    slopes = {name: stiffness(f, x0, steps=size["steps"]) for name, f in fields.items()}
     if reference.field is not fields["before"]:
-        slopes["exact"] = stiffness(reference.field, x0)
+        slopes["exact"] = stiffness(reference.field, x0, steps=size["steps"])
     for name, measured in slopes.items():
         place.say(f"\n{name}, along its own trajectories\n{measured}")
 

@@ -113,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
         text = f"run or checkpoint {name} fine-tuning"
         sub.add_argument(f"--{name}", required=True, metavar="CHECKPOINT", help=text)
     sub.add_argument("--steps", type=_counts, default=STEPS, help="numbers of Euler steps")
-    sub.add_argument("--samples", type=_count, help="noise samples (default 512, or 32 if large)")
+    sub.add_argument("--samples", type=_count, help="noise samples (default 512, or 16)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sub.add_argument("--out", type=Path, help="folder (default runs/TASK/analysis)")
     sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
