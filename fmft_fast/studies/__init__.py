@@ -1,8 +1,8 @@
 """Studies: one file each with a question, cells, a table and figures; `fmft study` runs them."""
 
-from fmft_fast.studies import checkpoint_timing, decomposition
+from fmft_fast.studies import checkpoint_timing, decomposition, one_step, solvers
 from fmft_fast.studies.base import STUDIES, Rows, Settings, Study, find_study, register
-from fmft_fast.studies.models import Models, Pretrained, finetune
+from fmft_fast.studies.models import Models, Pretrained, finetune, in_ninths
 
 __all__ = [
     "STUDIES",
@@ -15,5 +15,8 @@ __all__ = [
     "decomposition",
     "find_study",
     "finetune",
+    "in_ninths",
+    "one_step",
     "register",
+    "solvers",
 ]
