@@ -1,6 +1,13 @@
 """Studies: one file each with a question, cells, a table and figures; `fmft study` runs them."""
 
-from fmft_fast.studies import checkpoint_timing, decomposition, one_step, solvers
+from fmft_fast.studies import (
+    checkpoint_timing,
+    decomposition,
+    gav_robustness,
+    one_step,
+    regularisation,
+    solvers,
+)
 from fmft_fast.studies.base import STUDIES, Rows, Settings, Study, find_study, register
 from fmft_fast.studies.models import Models, Pretrained, finetune, in_ninths
 
@@ -15,8 +22,10 @@ __all__ = [
     "decomposition",
     "find_study",
     "finetune",
+    "gav_robustness",
     "in_ninths",
     "one_step",
     "register",
+    "regularisation",
     "solvers",
 ]
