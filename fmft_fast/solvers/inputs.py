@@ -344,21 +344,28 @@ def _split_norm(norm: Norm | None, shapes: Sequence[torch.Size] | None) -> Norm 
     return lambda y: on_parts(unflatten(y, (), shapes))
 
 
-def _has(func: Any, name: str) -> bool:
-    """As `hasattr`, which for what a module lacks takes a microsecond and makes an error."""
+def _find_callbacks(func: Any) -> dict[str, Callable]:
+    names = CALLBACKS
     if isinstance(func, nn.Module) and type(func).__getattr__ is nn.Module.__getattr__:
-        own = func.__dict__
-        kinds = ("_modules", "_parameters", "_buffers")
-        return (
-            name in own
-            or hasattr(type(func), name)
-            or any(name in own[kind] for kind in kinds if kind in own)
+        # `hasattr` takes a microsecond for each that a module lacks.
+        own, kind = func.__dict__, type(func)
+        modules, parameters, buffers = (
+            own.get(scope, ()) for scope in ("_modules", "_parameters", "_buffers")
         )
-    return hasattr(func, name)
+        names = [
+            name
+            for name in names
+            if name in own
+            or name in modules
+            or name in parameters
+            or name in buffers
+            or hasattr(kind, name)
+        ]
+    return {name: getattr(func, name) for name in names if hasattr(func, name)}
 
 
 def _collect_callbacks(func: Any, method: str, normal: NormalisedField) -> dict[str, Callable]:
-    found = {name: getattr(func, name) for name in CALLBACKS if _has(func, name)}
+    found = _find_callbacks(func)
     if not found:
         return found
     valid = _VALID_CALLBACKS[find_method(method).family]

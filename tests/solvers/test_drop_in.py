@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,31 @@ def test_max_num_steps() -> None:
     with pytest.raises(MaxStepsError, match=r"max_num_steps exceeded \(3>=3\) at t = "):
         odeint(lambda t, y: torch.cos(50 * t) * y, torch.ones(1), UNIT,
                options={"max_num_steps": 3})  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["class", "instance", "submodule"])
+def test_callbacks_are_found_wherever_a_module_keeps_them(place: str) -> None:
+    seen: list[float] = []
+
+    class Decay(nn.Module):
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return -y
+
+    class Note(nn.Module):
+        def forward(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
+            seen.append(t.item())
+
+    class Noting(Decay):
+        def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
+            seen.append(t.item())
+
+    field: Any = Noting() if place == "class" else Decay()
+    if place == "instance":
+        field.callback_step = lambda t, y, dt: seen.append(t.item())
+    elif place == "submodule":
+        field.callback_step = Note()
+    odeint(field, torch.ones(2), torch.linspace(0, 1, 3), method="euler")
+    assert seen == [0.0, 0.5]
 
 
 # Statistics
