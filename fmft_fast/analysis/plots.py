@@ -223,11 +223,10 @@ def medians(
             axis.axhline(value, color=FLOOR, linestyle="--", linewidth=1.2)
             axis.annotate(
                 label,
-                (1, value),
+                (0, value),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
-                xytext=(-3, 2),
-                ha="right",
+                xytext=(3, 2),
                 fontsize=8,
                 color=INK,
             )

@@ -25,8 +25,8 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        """Give the text of a table's cell; a single number has no interval."""
-        if self.count == 1:
+        """Give the text of a table's cell; numbers that are all the same have no interval."""
+        if self.low == self.high:
             return number(self.median)
         return f"{number(self.median)} [{number(self.low)}, {number(self.high)}]"
 
