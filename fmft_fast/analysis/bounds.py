@@ -297,6 +297,7 @@ def error_bound(
 
     Raises:
         InputError: times do not run from 0 to 1, shapes differ, or `path` lacks a time.
+        NonFiniteError: a solve left the finite numbers.
 
     Example:
         >>> from fmft_fast.flow import GaussianMixture

@@ -217,12 +217,15 @@ def path_ratios(trajectory: Tensor) -> Tensor:
 
 
 def summary(values: Tensor) -> dict[str, float]:
-    """Give mean, median, 95 % quantile and largest value of numbers [batch]."""
+    """Give mean, median, 95 % quantile and largest value of numbers [batch].
+
+    Both quantiles are values that occurred (the lower of two), so that infinite ones do no harm.
+    """
     values = values.double()
     return {
         "mean": float(values.mean()),
         "median": float(values.median()),
-        "q95": float(values.quantile(0.95)),
+        "q95": float(values.quantile(0.95, interpolation="lower")),
         "max": float(values.max()),
     }
 

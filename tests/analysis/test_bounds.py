@@ -16,7 +16,7 @@ from torch import nn
 
 from fmft_fast.analysis.bounds import KINDS, error_bound, exact_path, refine
 from fmft_fast.analysis.curvature import jacobian
-from fmft_fast.errors import InputError
+from fmft_fast.errors import InputError, NonFiniteError
 from fmft_fast.fields import MLP
 from fmft_fast.flow import GaussianMixture, flow_matching_loss
 from fmft_fast.solvers import solve
@@ -238,6 +238,20 @@ def test_report_and_dictionary_say_what_was_found():
     assert table["error"]["max"] == float(b.error.max())
     log10 = table["bounds"]["one_sided"]["bound_log10"]
     assert log10["median"] == pytest.approx(float(b.bound("one_sided").median().log10()))
+
+
+def test_bounds_beyond_float64_are_reported_as_infinite_not_as_nan():
+    b = error_bound(shifted, linear, noise(8), 4)
+    huge = dataclasses.replace(b, lipschitz=b.lipschitz + 1e4)
+    assert bool(huge.bound().isinf().all()) and "nan" not in str(huge) and "inf" in str(huge)
+    log10 = huge.to_dict()["bounds"]["theorem"]["bound_log10"]
+    assert log10["max"] == pytest.approx(math.log10(torch.finfo(torch.float64).max))
+    assert huge.uniform_log10 > 3000, "in logarithms the theorem's own value is known"
+
+
+def test_a_solve_that_blows_up_is_named():
+    with pytest.raises(NonFiniteError, match="in step 0 of 2"):
+        error_bound(lambda t, x: x / 0.0, linear, noise(3), 2)
 
 
 def test_refined_grids_keep_every_time():

@@ -54,7 +54,7 @@ def test_slopes_are_singular_value_and_eigenvalue():
     assert (found.one_sided <= found.lipschitz + 1e-12).all()
 
 
-@pytest.mark.parametrize("dim", [2, 20, 40])
+@pytest.mark.parametrize("dim", [2, 20])
 def test_power_iteration_equals_the_decomposition(dim):
     field, (t, x) = net(dim), rows(25, dim)
     exact = slopes(field, t, x, exact_dim=64)

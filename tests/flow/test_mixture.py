@@ -75,14 +75,14 @@ def test_velocity_satisfies_the_continuity_equation():
 def test_an_accurate_solve_makes_the_mixture_from_noise():
     law = mixture()
     random = torch.Generator().manual_seed(1)
-    x0 = torch.randn(8000, 2, generator=random, dtype=torch.float64)
+    x0 = torch.randn(4000, 2, generator=random, dtype=torch.float64)
     end = solve(law, x0, method="rk4", steps=100, gradient="none").y
     shares = metrics.mode_shares(end, MEANS)
     assert (shares - WEIGHTS / 6).abs().max() < 0.02
     for k in range(3):
         near = end[(end - MEANS[k]).norm(dim=1) < 3 * SIGMA[k]]
         assert near.std(0).sub(SIGMA[k]).abs().max() < 0.1 * SIGMA[k]
-    fresh = [law.sample(8000, random, dtype=torch.float64) for _ in range(2)]
+    fresh = [law.sample(4000, random, dtype=torch.float64) for _ in range(2)]
     floor = abs(metrics.energy_distance(*fresh))
     assert metrics.energy_distance(end, fresh[0]) < max(5 * floor, 2e-3)
 
