@@ -101,22 +101,26 @@ def show(rows: Rows) -> str:
 
 
 def draw(rows: Rows, folder: Path) -> list[Path]:
-    """Draw the distance of samples and the errors on pairs, a panel per coupling and measure."""
+    """Draw the distance of samples and the errors on pairs, from none to the strengths given."""
     panels, levels = {}, {}
     before = estimates(rows, ("coupling",), "frechet_distance").get((NONE,))
     for coupling in COUPLINGS:
         for key in ("frechet_distance", "heldout_error", "train_error"):
             own = [row for row in rows if row["coupling"] == coupling]
+            found = estimates(own, ("kind", "strength"), key)
             title = f"{coupling}\n{MEASURES[key]}"
             lines: dict[str, list[tuple[float, float, float, float]]] = {}
-            for (kind, strength), found in estimates(own, ("kind", "strength"), key).items():
-                place = 1 + sorted(KINDS[kind]).index(strength) if kind in KINDS else 0
-                point = (place, found.low, found.median, found.high)
-                lines.setdefault(kind, []).append(point)
-            if lines:
-                panels[title] = lines
+            for kind, strengths in KINDS.items():
+                places = [(PLAIN, 0.0), *((kind, strength) for strength in strengths)]
+                lines[kind] = [
+                    (x, found[place].low, found[place].median, found[place].high)
+                    for x, place in enumerate(places)
+                    if place in found
+                ]
+            panels[title] = {kind: points for kind, points in lines.items() if points}
             if before is not None and key == "frechet_distance":
                 levels[title] = {"pre-trained": before.median}
+    panels = {title: lines for title, lines in panels.items() if lines}
     file = folder / "regularisation.png"
     label = "strength: 0 none, then as in the table"
     return [plots.medians(panels, file, xlabel=label, levels=levels, log_x=False)]
