@@ -356,7 +356,7 @@ def make_coupling(name: str, /, **options: Any) -> Coupling:
 
     Example:
         >>> make_coupling("ot-fixed", size=512)
-        OTFixed(size=512, cond_weight=100.0)
+        OTFixed(size=512, cond_weight=100.0, refresh=0.0)
     """
     if name not in COUPLINGS:
         raise InputError(f"unknown coupling {name!r}; choose one of {', '.join(sorted(COUPLINGS))}")
