@@ -226,7 +226,8 @@ def medians(
                 (0, value),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
-                xytext=(3, 2),
+                xytext=(3, -2),
+                va="top",
                 fontsize=8,
                 color=INK,
             )
@@ -235,6 +236,7 @@ def medians(
         _tick_at(axis, sorted({point[0] for points in lines.values() for point in points}))
         seen = [value for points in lines.values() for point in points for value in point[1:]]
         _set_value_scale(axis, [*seen, *level.values()], None)
+        _label_logarithms(axis.yaxis)
         axis.set_xlabel(xlabel)
         axis.grid(alpha=0.25)
         _title(axis, title)
@@ -295,7 +297,20 @@ def _tick_at(axis, places: Sequence[float], *, most: int = 7) -> None:
     """Put ticks at the places themselves where there are few of them."""
     if len(places) <= most:
         axis.set_xticks(places, [f"{place:g}" for place in places])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
+    else:
+        _label_logarithms(axis.xaxis)
+
+
+def _label_logarithms(side) -> None:
+    """Write 0.2 for 2 x 10^-1, and label 1, 2 and 5 where a logarithmic axis spans few decades."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if side.get_scale() == "log":
+        low, high = side.get_view_interval()
+        side.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        side.set_major_formatter(lambda value, _: f"{value:g}")
+        side.set_minor_formatter(NullFormatter())
 
 
 def _draw_paths(axis, states: Tensor, centres: Tensor, radius: float) -> None:
