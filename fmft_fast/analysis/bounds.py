@@ -45,7 +45,7 @@ from torch import Tensor
 from fmft_fast.analysis.curvature import ROWS, acceleration, evaluate, in_double, slopes, summary
 from fmft_fast.errors import InputError
 from fmft_fast.solvers import solve
-from fmft_fast.solvers.solution import make_grid
+from fmft_fast.solvers.grids import make_grid
 
 Field = Callable[[Tensor, Tensor], Tensor]
 Kind = Literal["theorem", "lipschitz", "one_sided"]

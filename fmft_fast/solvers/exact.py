@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from .fixed import stage_times
+from .grids import make_grid
 from .methods import find_method
 from .per_sample import solve_per_sample
-from .solution import Gradient, Solution, SolveRequest, make_grid
+from .solution import Gradient, Solution, SolveRequest
 
 
 def solve(

@@ -14,8 +14,9 @@ from ..errors import InputError, MaxStepsError, NonFiniteError, StepUnderflowErr
 from ..ops.network import Inputs, evaluate
 from ..ops.trajectory import PerSampleSolve, Program, combine
 from .attached import Solved, attach, wants_gradient
+from .grids import make_grid
 from .inputs import Problem, normalise
-from .solution import Solution, SolveRequest, make_grid
+from .solution import Solution, SolveRequest
 from .stats import SolveStats, report
 from .whole_solve import Route, find_route, obstacle, step_control
 
