@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fmft_fast.ops.cayley import cayley
 
-from .contraction import BRANCH_ACTIVATIONS, START, positive, quasi_triangular
+from .contraction import BRANCH_ACTIVATIONS, positive, quasi_triangular
 from .contraction import skew as skew_of
 
 LEAST_GAIN = 1e-4  # of schur-cayley, which divides by gains
@@ -81,7 +81,7 @@ class Collocated(Branch):
     def __init__(self, n: int, m: int, activation: str, offsets: bool) -> None:
         super().__init__(n, m, activation, offsets)
         self.directions = nn.Parameter(torch.randn(m, n) / math.sqrt(n))
-        self.gain = nn.Parameter(torch.full((m,), START))
+        self.gain = nn.Parameter(torch.zeros(m))
 
     def weights(self, metric: Metric | None) -> Weights:
         """The derived weights; gains are in units of n / m, so that width does not matter."""
@@ -119,8 +119,8 @@ class SchurCayley(Branch):
         super().__init__(n, m, activation, offsets)
         self.rotation = nn.Parameter(torch.zeros(n, n))
         self.triangle = nn.Parameter(torch.zeros(n, n))
-        self.diagonal = nn.Parameter(torch.full((n,), START))
-        self.gain = nn.Parameter(torch.full((n,), START))
+        self.diagonal = nn.Parameter(torch.zeros(n))
+        self.gain = nn.Parameter(torch.zeros(n))
 
     def hurwitz(self) -> Tensor:
         """The matrix A [n, n]."""

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from fmft_fast.ops.activations import clipped_cube
 
 # An optimiser such as Adam moves a parameter by about its learning rate per step. With this factor
-# a gain gets from softplus(-5) = 0.007 to softplus(0) = 0.7 in a thousand steps of 5e-4.
-SHARPNESS = 10.0
-START = -5.0 / SHARPNESS
+# a gain gets from softplus(-5) = 0.007 to softplus(0) = 0.7 in a thousand steps of 5e-4. The shift
+# puts the small gain of the start at a parameter of 0, towards which weight decay pulls.
+SHARPNESS, SHIFT = 10.0, -5.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ BRANCH_ACTIVATIONS: dict[str, Activation] = {
 
 
 def positive(raw: Tensor, scale: float = 1.0, least: float = 0.0) -> Tensor:
-    """Positive values least + scale softplus(10 raw); raw = -1/2 gives about 0.007 scale."""
-    return F.softplus(raw * SHARPNESS) * scale + least
+    """Positive values least + scale softplus(10 raw - 5); raw = 0 gives about 0.007 scale."""
+    return F.softplus(raw * SHARPNESS + SHIFT) * scale + least
 
 
 def skew(raw: Tensor) -> Tensor:

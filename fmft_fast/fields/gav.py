@@ -14,7 +14,7 @@ from fmft_fast.ops.cayley import cayley
 
 from .branches import CONSTRUCTIONS, Branch, Metric, Weights
 from .certificate import Certificate, Sector, Verification, certify, measure
-from .contraction import BRANCH_ACTIVATIONS, START, positive, skew
+from .contraction import BRANCH_ACTIVATIONS, positive, skew
 
 WIDTH = 128
 _CENTERS = (None, "learned", "condition")
@@ -94,7 +94,7 @@ class GAV(nn.Module):
         m = width or (n if construction.startswith("schur") else wide)
         r = rank or n
         self.branches = nn.ModuleList(kind(n, m, name, offsets) for name in names)
-        self.excess_rate = nn.Parameter(torch.tensor(START))
+        self.excess_rate = nn.Parameter(torch.zeros(()))
         self.damping = nn.Parameter(0.01 * torch.randn(n, r))
         self.skew = nn.Parameter(torch.zeros(n, r)) if turning else None
         # With V = 0 the skew part starts at zero, and U gives V a gradient.
@@ -253,8 +253,10 @@ class GAV(nn.Module):
         sectors = []
         for branch, (a, d, gain) in zip(self._branches(), self.weights(), strict=True):
             sectors.append(Sector(a.double(), d.double(), gain.double(), branch.slope))
-        metric = self.metric()
-        return a0, sectors, None if metric is None else metric[0].double()
+        if (metric := self.metric()) is None:
+            return a0, sectors, None
+        p = metric[0].double()
+        return a0, sectors, (p + p.T) / 2  # the product of three was rounded on each side
 
     def _branches(self) -> list[Branch]:
         return list(self.branches)  # type: ignore[arg-type]

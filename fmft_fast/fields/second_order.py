@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fmft_fast.errors import CertificateError, InputError
 
 from .certificate import Bounds, Certificate, Verification, bounds, measure
-from .contraction import START, positive
+from .contraction import positive
 from .gav import GAV
 
 
@@ -71,7 +71,7 @@ class SecondOrderGAV(nn.Module):
             offsets=offsets,
             turning=False,
         )
-        self.excess_friction = nn.Parameter(torch.tensor(START))
+        self.excess_friction = nn.Parameter(torch.zeros(()))
         self.shape, self.cond_dim = self.force.shape, cond_dim
 
     def friction(self) -> Tensor:

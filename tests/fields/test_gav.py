@@ -68,6 +68,17 @@ def test_a_field_starts_near_zero_and_learns(construction):
     assert {"excess_rate", "skew", "damping"} <= moved
 
 
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+@torch.no_grad()
+def test_weight_decay_does_not_make_a_field_larger(construction):
+    field, x = GAV(8, construction=construction), torch.randn(200, 8)
+    before = field(T, x).norm()
+    for _ in range(4):
+        for p in field.parameters():
+            p *= 0.5
+        assert field(T, x).norm() <= 1.1 * before
+
+
 def test_a_small_field_costs_ten_to_fifteen_percent_more_parameters():
     share = parameters(GAV(2)) / parameters(MLP(2, hidden=(64, 64, 64)))
     assert 0.10 <= share <= 0.15

@@ -152,6 +152,22 @@ def test_a_parameter_that_is_not_finite_is_named():
         field.certificate()
 
 
+def test_the_rate_holds_for_the_metric_that_is_given():
+    torch.manual_seed(185)
+    field = GAV(3, 1, 4, metric="learned", rank=2)
+    with torch.no_grad():
+        field.metric_turn.copy_(3 * torch.randn(3, 3))
+        field.metric_stretch.copy_(3 * torch.randn(3))
+        field.skew.copy_(100 * torch.randn(3, 2))
+        field.skew_partner.copy_(torch.randn(3, 2))
+    certificate = field.certificate()
+    p = certificate.metric
+    assert torch.equal(p, p.T)
+    root = torch.linalg.cholesky(p).T
+    j = root @ field.jacobian(torch.randn(1, 3))[0] @ torch.linalg.inv(root)
+    assert torch.linalg.eigvalsh((j + j.T) / 2)[-1] <= -certificate.rate + certificate.rounding
+
+
 def test_hurwitz_matrices_alone_guarantee_nothing():
     """A = [[1, -5], [5, -2]] is Hurwitz, but the Jacobian of A tanh(x) - x / 10 is not."""
     field = GAV(2, 1, construction="schur-cayley-free", rate=0.1, offsets=False).double()
@@ -162,7 +178,7 @@ def test_hurwitz_matrices_alone_guarantee_nothing():
         branch.directions.copy_(torch.eye(2))
         # A turned by 45 degrees is [[-1/2, u], [-s^2 u, -1/2]].
         branch.rotation[0, 1] = math.tan(math.pi / 8)
-        branch.diagonal.fill_(math.log(math.expm1(0.5 - 1e-4)) / 10)
+        branch.diagonal.fill_((math.log(math.expm1(0.5 - 1e-4)) + 5) / 10)
         branch.triangle[0, 1], branch.triangle[1, 0] = -6.5, math.sqrt(3.5 / 6.5)
     a = branch.hurwitz()
     torch.testing.assert_close(a, torch.tensor([[1.0, -5.0], [5.0, -2.0]]).double())
@@ -295,7 +311,7 @@ def growth_of(field, t, states):
 def test_beside_a_base_field_the_bound_takes_its_growth():
     base, field = MLP(2).double(), GAV(2).double()
     with torch.no_grad():
-        field.excess_rate.fill_(0.2)
+        field.excess_rate.fill_(0.7)
     certificate, both = field.certificate(), Residual(base, field)
     x = torch.randn(200, 2).double()
     y, grid = x + 0.01 * torch.randn(200, 2).double(), torch.linspace(0, 1, 51).double()
