@@ -12,6 +12,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+from torch import Tensor
+
 from fmft_fast.errors import ConfigError
 from fmft_fast.flow.couplings import COUPLINGS
 
@@ -75,7 +78,7 @@ class FitConfig:
     tensorboard: bool = key(False, "write TensorBoard event files, too")
 
     def __post_init__(self) -> None:
-        """Convert (list to tuple, int to float) and check every value."""
+        """Convert (list to tuple, int to float, tables to plain values) and check every value."""
         hints = _hints(type(self))
         for item in dataclasses.fields(self):
             value = _convert(item.name, getattr(self, item.name), hints[item.name])
@@ -187,7 +190,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{name}: expected at least one value, got an empty list")
         return tuple(_convert(name, item, get_args(hint)[0]) for item in items)
     if hint is dict and isinstance(value, Mapping):
-        return dict(value)
+        return {str(k): _plain(f"{name}.{k}", item) for k, item in value.items()}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)
@@ -198,6 +201,23 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         f"{name}: expected {wanted.get(hint, hint.__name__)}, got {value!r} "
         f"({type(value).__name__}); set it as {name} = {_sample(hint)} in TOML "
         f"or --{name} {_sample(hint)}"
+    )
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Bring what stands in a table to what TOML and JSON give back: equal after a round trip."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(f"{name}.{k}", item) for k, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, item) for item in value]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if finite and (value is None or isinstance(value, (bool, int, float, str))):
+        return value
+    raise ConfigError(
+        f"{name}: expected finite numbers, texts, lists or tables of them, got {value!r} "
+        f"({type(value).__name__}); checkpoints have to keep it as text"
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from fmft_fast.errors import ConfigError
 from fmft_fast.train import config as cfg
@@ -49,6 +51,30 @@ def test_unknown_key_is_refused_by_name_with_the_nearest_one():
 def test_wrong_values_are_refused_with_expected_and_got(table, message):
     with pytest.raises(ConfigError, match=message):
         FinetuneConfig.from_dict(table)
+
+
+def test_options_become_what_a_file_gives_back():
+    options = {
+        "activation": ("tanh", "asinh"),
+        "center": torch.tensor([0.5, 1.0]),
+        "rate": np.float64(0.5),
+        "deep": {"sizes": (8, np.int64(4))},
+    }
+    made = FinetuneConfig(mode="residual", residual_options=options)
+    assert made.residual_options == {
+        "activation": ["tanh", "asinh"],
+        "center": [0.5, 1.0],
+        "rate": 0.5,
+        "deep": {"sizes": [8, 4]},
+    }
+    saved = json.loads(json.dumps(made.to_dict()))
+    assert cfg.changes(saved, made.to_dict()) == ""
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, float("nan"), [torch.tensor([1.0, np.inf])]])
+def test_options_that_no_file_can_keep_are_refused(value):
+    with pytest.raises(ConfigError, match="residual_options.center: expected finite numbers"):
+        FinetuneConfig(mode="residual", residual_options={"center": value})
 
 
 def test_values_take_the_type_of_their_key():
