@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,21 @@ def as_saved(field: nn.Module, checkpoint: Checkpoint, path: str | Path) -> nn.M
     model = field
     if theirs[: len(own)] == own:
         for recipe in theirs[len(own) :]:
-            model = _wrap(model, recipe, path)
+            model = _wrap(model, recipe, checkpoint, path)
     check_field(model, checkpoint, path)
     model.load_state_dict(dict(checkpoint.model))
     return model
 
 
-def _wrap(field: nn.Module, recipe: Any, path: str | Path) -> Residual:
+def _wrap(field: nn.Module, recipe: Any, checkpoint: Checkpoint, path: str | Path) -> Residual:
     if recipe is None:
         raise CheckpointError(
             f"{path} holds a residual that was built by hand, expected one built by MLEFineTuner; "
             f"build it as it was and call load_weights"
         )
-    like = next(field.parameters())
+    # An analytic field may have no tensors of its own; a run has one dtype.
+    tensors = chain(field.parameters(), field.buffers(), checkpoint.model.values())
+    like = next(filter(Tensor.is_floating_point, tensors), torch.empty(()))
     try:
         branch = make_branch(recipe, torch.zeros(recipe["state"])).to(like.device, like.dtype)
         return _join(field, branch, recipe)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fmft_fast.flow import GaussianMixture
 from fmft_fast.train import FinetuneConfig, MLEFineTuner, load_model
 
 X1 = 1 + torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
@@ -92,3 +93,38 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(joint, tmp_path):
     parts = tuner(config, tmp_path / "parts").run(resume=True)
     assert same(bits(whole.model), bits(parts.model))
     assert whole.history == parts.history
+
+
+GIVEN = [
+    ("residual", {"activation": ("tanh", "asinh"), "center": (0.0, 1.0)}),
+    ("residual", {"center": torch.tensor([0.1, 1.0])}),
+    ("residual-mlp", {"hidden": (8, 8)}),
+]
+
+
+@pytest.mark.parametrize(("mode", "options"), GIVEN, ids=["tuples", "tensor", "widths"])
+def test_options_as_python_spells_them_survive_a_resume(mode, options, tmp_path):
+    config = settings(mode=mode, residual_options=options)
+    tuner(dataclasses.replace(config, steps=4), tmp_path).run()
+    model = tuner(config, tmp_path).run(resume=True).model
+    loaded = load_model(restless(seed=1), tmp_path)
+    assert same(bits(loaded), bits(model)) and loaded.recipe == model.recipe
+
+
+class Still(nn.Module):
+    """v = -x, without a tensor of its own."""
+
+    def forward(self, t, x):
+        return -x
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bare", [False, True], ids=["buffers", "nothing"])
+def test_a_base_without_parameters_comes_back_from_disk(bare, dtype, tmp_path):
+    def base():
+        field = Still() if bare else GaussianMixture(torch.ones(3, 2), 0.5)
+        return field.to(getattr(torch, dtype))
+
+    config = settings(mode="residual", dtype=dtype)
+    model = MLEFineTuner(base(), X1, config=config, out=tmp_path, progress=False).run().model
+    assert same(bits(load_model(base(), tmp_path)), bits(model))
