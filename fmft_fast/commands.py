@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmft_fast.errors import CheckpointError, ConfigError, MissingDependencyError
+from fmft_fast.errors import CheckpointError, ConfigError, ConfigWarning, MissingDependencyError
 from fmft_fast.report import results_table, write_json
 from fmft_fast.tasks import STEPS, Task
 from fmft_fast.train import (
@@ -58,18 +59,30 @@ def make_config(name: str, task: Task, layers: Sequence[Mapping[str, Any]]) -> A
 
     Raises:
         ConfigError: a key is unknown or a value is not understood.
+
+    Warns:
+        ConfigWarning: options of a layer are dropped, since a later one takes another coupling or
+            mode.
     """
-    table = dict(getattr(task, name))
-    known = (*SECTIONS, *HEADER)
+    own = getattr(task, name)
+    table, known = dict(own), (*SECTIONS, *HEADER)
     for layer in layers:
         keys = section(layer, name, known)
+        # Options belong to the coupling or the mode that they were written for.
         if keys.get("coupling", table.get("coupling")) != table.get("coupling"):
-            # Options belong to the coupling they were written for.
-            table.pop("coupling_options", None)
+            _drop(table, "coupling_options", own, f"coupling = {keys['coupling']}")
         if "mode" in table and keys.get("mode", table["mode"]) != table["mode"]:
-            table.pop("residual_options", None)
+            _drop(table, "residual_options", own, f"mode = {keys['mode']}")
         table = merge(table, keys)
     return SECTIONS[name].from_dict(table)
+
+
+def _drop(table: dict[str, Any], options: str, own: Mapping[str, Any], now: str) -> None:
+    """Take options out of a table, with a word about those that are not the task's own."""
+    dropped = table.pop(options, {})
+    if dropped and dropped != own.get(options):
+        message = f"{options} {dropped} of the file are dropped, since {now} was given over it"
+        warnings.warn(f"{message}; write the options for that one beside it", ConfigWarning, 3)
 
 
 def check_overrides(overrides: Mapping[str, Any], allowed: Sequence[str]) -> None:

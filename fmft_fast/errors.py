@@ -67,5 +67,9 @@ class CouplingWarning(UserWarning):
     """A coupling is likely to collapse the model (see `fmft_fast.flow.couplings`)."""
 
 
+class ConfigWarning(UserWarning):
+    """A setting that was given has no effect."""
+
+
 class CaptureWarning(UserWarning):
     """Work on a GPU could not be recorded as a CUDA graph and runs call by call."""

@@ -101,6 +101,22 @@ def test_overrides_lie_over_the_file_which_lies_over_the_task(tiny):
     assert (made.lr, made.steps) == (1.0, 9)
 
 
+def test_options_of_a_file_are_not_dropped_without_a_word(tiny, capsys):
+    Path("c.toml").write_text(
+        '[finetune]\nmode = "residual"\ncoupling = "inversion"\n'
+        "[finetune.residual_options]\nwidth = 4\n[finetune.coupling_options]\nsteps = 3\n"
+    )
+    words = ("finetune", "tiny", "--config", "c.toml", "--from", "gone")
+    assert fmft(*words, "--lr", "1") == 2
+    assert "ConfigWarning" not in capsys.readouterr().err
+    assert fmft(*words, "--mode", "residual-mlp", "--coupling", "ot-fixed") == 2
+    said = capsys.readouterr().err
+    assert (
+        "residual_options {'width': 4} of the file are dropped, since mode = residual-mlp" in said
+    )
+    assert "coupling_options {'steps': 3} of the file are dropped, since coupling" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
