@@ -168,17 +168,19 @@ def show(rows: Rows) -> str:
 
 
 def draw(rows: Rows, folder: Path) -> list[Path]:
-    """Draw quality and error against evaluations: pre-trained, trained through Euler, or itself."""
-    panels: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
-    for key in ("off", "width", "error"):
-        title = SHOWN[key]
-        for chosen in (NONE, "euler"):
-            curves = [(r["seed"], r["curves"]) for r in rows if r["trained"] == chosen]
-            panels[f"{title}\n{_model(chosen)}"] = _lines(curves, key)
-        curves = [(r["seed"], {r["trained"]: _own(r)}) for r in rows if r["trained"] != NONE]
-        panels[f"{title}\nfine-tuned through the solver itself"] = _lines(curves, key)
-    file = folder / "solvers.png"
-    return [plots.medians(panels, file, xlabel="field evaluations of a solve")]
+    """Draw quality and error against cost: pre-trained, trained through Euler, or through itself."""
+    files = []
+    for name, keys in {"quality": ("off", "width"), "error": ("error",)}.items():
+        panels: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
+        for key in keys:
+            for chosen in (NONE, "euler"):
+                curves = [r["curves"] for r in rows if r["trained"] == chosen]
+                panels[f"{SHOWN[key]}\n{_model(chosen)}"] = _lines(curves, key)
+            curves = [{r["trained"]: _own(r)} for r in rows if r["trained"] != NONE]
+            panels[f"{SHOWN[key]}\nfine-tuned through the solver itself"] = _lines(curves, key)
+        file = folder / f"solvers-{name}.png"
+        files.append(plots.medians(panels, file, xlabel="field evaluations of a solve"))
+    return files
 
 
 def _own(row: Settings) -> list[dict[str, Any]]:
@@ -186,11 +188,11 @@ def _own(row: Settings) -> list[dict[str, Any]]:
     return row["curves"][row["trained"]]
 
 
-def _lines(curves: Sequence[tuple[int, Settings]], key: str) -> dict[str, list[Any]]:
+def _lines(curves: Sequence[Settings], key: str) -> dict[str, list[Any]]:
     """Give medians over seeds at the median cost: it differs between seeds if steps adapt."""
     flat = [
-        {"solver": _spell(solver), "given": point["given"], **point}
-        for _, by_solver in curves
+        {"solver": _spell(solver), **point}
+        for by_solver in curves
         for solver, points in by_solver.items()
         for point in points
     ]
