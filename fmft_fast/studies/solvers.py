@@ -168,7 +168,7 @@ def show(rows: Rows) -> str:
 
 
 def draw(rows: Rows, folder: Path) -> list[Path]:
-    """Draw quality and error against cost: pre-trained, trained through Euler, or through itself."""
+    """Draw quality and error against cost: pre-trained, trained through Euler, or by itself."""
     files = []
     for name, keys in {"quality": ("off", "width"), "error": ("error",)}.items():
         panels: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
