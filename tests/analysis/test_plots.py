@@ -94,3 +94,20 @@ def test_other_formats_and_missing_matplotlib_are_refused(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r"fmft-fast\[train\]"):
         plots.image_grid({"x": torch.rand(1, 8, 8)}, tmp_path / "a.png")
+
+
+def test_medians_are_drawn_with_a_legend_that_fits_and_numbers_that_read(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure) or file)
+    points = [(10.0**k, 0.01 * 5**k, 0.02 * 5**k, 0.03 * 5**k) for k in range(8)]
+    lines = {f"a rather long name of line {k}": points for k in range(6)}
+    plots.medians({"one": lines, "two": lines}, tmp_path / "m.png", xlabel="x")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    labels = [label.get_text() for axis in figure.axes for label in axis.get_yticklabels()]
+    assert "0.1" in labels and not any("10^" in label for label in labels)
+    with pytest.raises(InputError, match="at most 7 lines, got 8; draw fewer"):
+        plots.medians({"": dict.fromkeys("abcdefgh", points)}, tmp_path / "m.png", xlabel="x")
