@@ -23,10 +23,10 @@ NONE, PLAIN = "pre-trained", "none"
 COUPLINGS: dict[str, dict[str, Any]] = {"inversion": {"steps": 20}, "ot-fixed": {"size": 1297}}
 # Kind of regularisation: {strength: settings}; without any, weights are neither averaged nor held.
 KINDS: dict[str, dict[float, dict[str, Any]]] = {
-    "weight decay": {1.0: {"weight_decay": 1.0}},
-    "EMA": {0.995: {"ema_decay": 0.995}},
-    "anchor": {1e-2: {"anchor_weight": 1e-2}},
-    "FM loss": {1.0: {"fm_weight": 1.0}},
+    "weight decay": {w: {"weight_decay": w} for w in (0.1, 1.0)},
+    "EMA": {d: {"ema_decay": d} for d in (0.98, 0.995)},
+    "anchor": {w: {"anchor_weight": w} for w in (1e-4, 1e-3, 1e-2)},
+    "FM loss": {w: {"fm_weight": w} for w in (0.1, 1.0)},
     "new noise": {s: {"coupling_options": {"refresh": s}} for s in (0.1, 0.3, 0.6)},
 }
 SIZES = {"pretrain_steps": 5994, "finetune_steps": 400}
