@@ -15,6 +15,8 @@ from .certificate import Bounds, Certificate, Verification, bounds, measure
 from .contraction import positive
 from .gav import GAV
 
+MOST_STRETCHED = 1e12  # about the largest condition of P, and the largest friction
+
 
 class SecondOrderGAV(nn.Module):
     """Residual field of states z = (x, w): x' = w, w' = -gamma w - grad V(x).
@@ -103,15 +105,21 @@ class SecondOrderGAV(nn.Module):
         hessian = bounds(*self.force.exact())
         if not hessian.rate > 0:
             self.force.certificate()  # which says why
-        found = heavy_ball(hessian, float(self.friction()))
-        if not found.rate > 0:
-            name, size = max(self.force.sizes().items(), key=lambda item: item[1])
-            raise CertificateError(
-                f"expected a positive contraction rate, got {found.rate:.3g}: the Hessian reaches "
-                f"from {hessian.least:.3g} to {hessian.most:.3g}, too far for float64; the largest "
-                f"parameter is force.{name} (norm {size:.3g}): make it smaller, or raise `rate`"
-            )
-        return found
+        friction = float(self.friction())
+        # Units of x are those of w times a root of the Hessian: P may be too lopsided for float64.
+        if max(friction, hessian.most, 1 / hessian.most) < MOST_STRETCHED:
+            found = heavy_ball(hessian, friction)
+            if found.rate > 0:
+                return found
+        sizes = {f"force.{name}": size for name, size in self.force.sizes().items()}
+        sizes["excess_friction"] = abs(float(self.excess_friction))
+        name = max(sizes, key=lambda name: sizes[name])
+        raise CertificateError(
+            "expected a contraction rate and a metric that float64 can show, got a Hessian from "
+            f"{hessian.least:.3g} to {hessian.most:.3g} with the friction {friction:.3g}; the "
+            f"largest parameter is {name} (norm {sizes[name]:.3g}): make it smaller, or raise "
+            "`rate`"
+        )
 
     def verify(self, samples: Tensor, cond: Tensor | None = None) -> Verification:
         """Measure Jacobians at states z [batch, ...] and compare them with the certificate.
@@ -181,63 +189,66 @@ def halves(z: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def heavy_ball(hessian: Bounds, friction: float) -> Certificate:
-    """The best certificate found for x' = w, w' = -friction w - H x with least <= H <= most.
+    """The best certificate of x' = w, w' = -friction w - H x with 0 < least <= H <= most.
 
-    In the eigenvectors of H the Jacobian is J_h = [[0, 1], [-h, -friction]], affine in h, so that
-    P J_h + J_h^T P <= -2 rate P has to hold at both ends of the interval only. Time is measured in
-    units of most^-1/2 in between.
+    P = [[b^2 + e, b], [b, 1]] is the identity in the coordinates (e^1/2 x, w + b x). There, in an
+    eigenvector of H with the value h and with k = b (friction - b), the Jacobian is
+
+        J_h = [[-b, e^1/2], [(k - h) / e^1/2, b - friction]],
+
+    affine in h, so that the ends of the interval decide. The largest eigenvalue of its symmetric
+    part is minus a quotient with k - m^2 above, m = (e + k - h) / (2 e^1/2): no friction, however
+    large, cancels anything.
     """
-    unit = math.sqrt(hessian.most)
-    ends = np.array([hessian.least / hessian.most, 1.0])
-    p = best_metric(ends, friction / unit)
-    values, vectors = np.linalg.eigh(p)
-    half = (vectors * np.sqrt(values)) @ vectors.T
-    inverse = (vectors / np.sqrt(values)) @ vectors.T
-    jacobians = [half @ np.array([[0, 1], [-h, -friction / unit]]) @ inverse for h in ends]
-    # What of H is not symmetric through rounding, and the rounding of this function.
-    twist = float(np.linalg.norm(half, 2) * np.linalg.norm(inverse, 2))
+    b, e = best_metric(hessian.least, hessian.most, friction)
+    k, root, eps = b * (friction - b), math.sqrt(e), float(np.finfo(float).eps)
+    ends = np.array([hessian.least, hessian.most])
+    jacobians = [np.array([[-b, root], [(k - h) / root, b - friction]]) for h in ends]
     size = max(float(np.linalg.norm(j, 2)) for j in jacobians)
-    rounding = 64 * float(np.finfo(float).eps) * twist**2 * size
-    extra = hessian.turning / hessian.most * twist + rounding
-    rate = -max(float(np.linalg.eigvalsh(j + j.T)[-1]) / 2 for j in jacobians) - extra
+    # Rounding of P and of these numbers; and what of H is not symmetric, through its own rounding.
+    blur = 16 * eps * (1 + b * b / e) * (e + k + hessian.most) / root
+    m = float(np.abs(e + k - ends).max()) / (2 * root) + hessian.turning / (2 * root) + blur
+    gap = k - m * m - 16 * eps * k
+    rate = 2 * gap / (friction + math.hypot(friction - 2 * b, 2 * m))
+    extra = hessian.turning / root + blur + 16 * eps * size
     step = 0.0
     if rate > 0:
-        # h J^T J <= -(J + J^T), convex in J; theta parts J from what is not symmetric.
-        theta, one, steps = 1e-3, np.eye(2), []
-        for j in jacobians:
-            square = (1 + theta) * j.T @ j + (1 + 1 / theta) * extra**2 * one
-            values, vectors = np.linalg.eigh(-(j + j.T) - 2 * extra * one)
-            root = vectors / np.sqrt(np.maximum(values, 2 * rate))
-            steps.append(1 / float(np.linalg.eigvalsh(root.T @ square @ root)[-1]))
-        step = max(min(steps), 2 * rate / (size + extra) ** 2) / unit
-    scale = np.diag([unit, 1.0])
-    metric = torch.from_numpy(scale @ p @ scale)
-    return Certificate(rate * unit, metric, (size + extra) * unit, step, extra * unit)
+        steps = [step_of(j, extra) for j in jacobians]
+        step = max(min(steps), 2 * rate / (size + extra) ** 2)
+    metric = torch.tensor([[b * b + e, b], [b, 1.0]], dtype=torch.float64)
+    return Certificate(rate, metric, size + extra, step, extra)
 
 
-def best_metric(ends: np.ndarray, friction: float) -> np.ndarray:
-    """P = [[a, b], [b, 1]] with nearly the largest rate for both ends h of an interval.
+def step_of(j: np.ndarray, extra: float) -> float:
+    """A step h with h J^T J <= -(J + J^T), for all J within `extra` of j; 0 if none is found."""
+    values, vectors = np.linalg.eigh(-(j + j.T))
+    values = values - 2 * extra
+    if not values[0] > 0:
+        return 0.0
+    theta = 1e-3  # parts j from what is near it
+    scaled = vectors / np.sqrt(values)
+    square = (1 + theta) * float(np.linalg.norm(j @ scaled, 2)) ** 2
+    return 1 / (square + (1 + 1 / theta) * extra**2 / float(values[0]))
 
-    For given b and rate, P J_h + J_h^T P <= -2 rate P holds for a in an interval, the roots of
-    a quadratic; the rate is bisected for many b at a time.
+
+def best_metric(least: float, most: float, friction: float) -> tuple[float, float]:
+    """B and e of P = [[b^2 + e, b], [b, 1]] with the largest rate for all h in an interval.
+
+    With q = rate (friction - rate) and k = b (friction - b), P J_h + J_h^T P <= -2 rate P says that
+    e^1/2 lies between |(h - q)^1/2 - (k - q)^1/2| and the sum of these roots. The intervals of both
+    ends meet for some k <= friction^2 / 4 if and only if q <= least and
+    4 q + ((most - q)^1/2 - (least - q)^1/2)^2 <= friction^2, the circle criterion.
     """
-    b = friction * np.concatenate([np.linspace(0, 1, 402)[1:-1], np.geomspace(1e-9, 2e-3, 100)])
-    low, high = np.zeros_like(b), np.full_like(b, friction)
-    best = np.full_like(b, np.nan)
-    for _ in range(60):
-        rate = (low + high) / 2
-        q = 2 * (friction - b - rate)
-        lower, upper = b * b, np.full_like(b, np.inf)
-        for h in ends:
-            m = b * friction + h - 2 * rate * b
-            middle = m - rate * q
-            under = middle**2 - m**2 + 2 * b * h * q
-            reach = np.sqrt(np.where((under >= 0) & (q > 0), under, np.nan))
-            lower, upper = np.maximum(lower, middle - reach), np.minimum(upper, middle + reach)
-        fits = lower < upper  # false where there is no root
-        best = np.where(fits, (lower + upper) / 2, best)
-        low, high = np.where(fits, rate, low), np.where(fits, high, rate)
-    if np.isnan(best).all():
-        return np.array([[1.0 + friction**2, friction / 2], [friction / 2, 1.0]])
-    i = int(np.argmax(np.where(np.isnan(best), -1, low)))
-    return np.array([[best[i], b[i]], [b[i], 1.0]])
+    square = friction * friction
+    if square >= most + 3 * least:
+        q = least
+    else:
+        low, high = math.sqrt(most) - math.sqrt(least), math.sqrt(most) + math.sqrt(least)
+        q = (high * high - square) * (friction - low) * (friction + low)
+        q /= 4 * (2 * (most + least) - square)
+    q -= 1e-6 * abs(q)  # where the intervals meet in a point, e = 0 may be that point
+    k = min(2 * most, square / 4)
+    x, y, z = (math.sqrt(max(value - q, 0.0)) for value in (least, k, most))
+    root = (max(abs(x - y), abs(z - y)) + x + y) / 2
+    b = 2 * k / (friction + math.sqrt(max(square - 4 * k, 0.0)))
+    return b, root * root

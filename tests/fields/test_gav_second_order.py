@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,11 +72,70 @@ def test_extreme_parameters_keep_the_guarantee_or_are_named():
         try:
             found = field.verify(torch.randn(6, 2 * field.force.dim).double())
         except CertificateError as error:
+            assert chosen != "excess_friction", f"seed {seed}: no friction hides a rate"
             assert any(name in str(error) for name, _ in field.named_parameters())
             continue
         assert found.holds and found.rate > 0, f"seed {seed}, {chosen}: {found}"
         held += 1
-    assert held >= 60
+    assert held >= 115
+
+
+@pytest.mark.parametrize("raw", [1.0, 10.0, 1e3, 1e4])
+def test_a_large_friction_leaves_the_rate_that_it_divides(raw):
+    torch.manual_seed(0)
+    field = SecondOrderGAV(2).double()
+    with torch.no_grad():
+        field.excess_friction.fill_(raw)
+    found, friction = field.certificate(), float(field.friction().detach())
+    slow = field.force.certificate().rate / friction
+    assert found.rate == pytest.approx(slow, rel=0.05) and found.stretch < 10
+    assert found.euler_step == pytest.approx(2 / friction, rel=0.1)
+    assert field.verify(torch.randn(50, 4)).holds
+
+
+def test_the_rate_is_the_best_one_whatever_the_scale():
+    rng = np.random.default_rng(0)
+    with localcontext() as context:
+        context.prec = 60
+        for _ in range(200):
+            most = 10 ** rng.uniform(-6, 6)
+            least = most * 10 ** rng.uniform(-9, 0)
+            friction = math.sqrt(most) * (1 + 10 ** rng.uniform(-4, 6))
+            best = best_rate(Decimal(least), Decimal(most), Decimal(friction))
+            found = heavy_ball(Bounds(least, least, most, 0.0, 0.0, 0.0), friction)
+            assert 0.99 * best < found.rate <= best
+            assert_contracts(found, (least, most), friction)
+
+
+def best_rate(least, most, friction):
+    """What the circle criterion allows, by bisection of rate (friction - rate)."""
+    low, high = Decimal(0), min(least, friction**2 / 4)
+    for _ in range(150):
+        q = (low + high) / 2
+        fits = 4 * q + ((most - q).sqrt() - (least - q).sqrt()) ** 2 <= friction**2
+        low, high = (q, high) if fits else (low, q)
+    return float(2 * low / (friction + (friction**2 - 4 * low).sqrt()))
+
+
+def assert_contracts(found, ends, friction):
+    """P J + J^T P <= -2 rate P and (I + h J)^T P (I + h J) <= P, for P to the last digit."""
+    p = np.array([[Decimal(x) for x in row] for row in found.metric.tolist()])
+    one = np.array([[Decimal(1), Decimal(0)], [Decimal(0), Decimal(1)]])
+    for h in ends:
+        j = np.array([[Decimal(0), Decimal(1)], [-Decimal(h), -Decimal(friction)]])
+        step = one + Decimal(found.euler_step) * j
+        for m in (-(p @ j + j.T @ p) - 2 * Decimal(found.rate) * p, p - step.T @ p @ step):
+            assert m[0, 0] >= 0 and m[1, 1] >= 0 and m[0, 0] * m[1, 1] >= m[0, 1] * m[1, 0]
+
+
+@pytest.mark.parametrize(("name", "size"), [("excess_friction", 1e14), ("force.damping", 1e8)])
+def test_a_metric_beyond_float64_is_refused_with_the_name_of_a_parameter(name, size):
+    field = SecondOrderGAV(2).double()
+    with torch.no_grad():
+        parameter = field.get_parameter(name)
+        parameter.copy_(size * (torch.eye(2) if parameter.ndim else torch.ones(())))
+    with pytest.raises(CertificateError, match=f"largest parameter is {name}"):
+        field.verify(torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize("most", [1.5, 10.0, 1e3])
