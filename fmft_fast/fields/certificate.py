@@ -93,13 +93,27 @@ class Certificate:
             input_noise: bound of an error of the state that one delta (not v) is given.
             base: one-sided Lipschitz constant of v in the norm of P; 0 without v.
 
+        Raises:
+            InputError: the time, a distance or a bound is negative, or something is NaN.
+
         Source: Gronwall's lemma for logarithmic norms, Hairer, Norsett, Wanner, "Solving Ordinary
             Differential Equations I", theorem I.10.6.
         """
-        growth = base - self.rate
-        integral = time if growth == 0 else math.expm1(growth * time) / growth
-        forced = disturbance + self.lipschitz * input_noise
-        return self.stretch * (math.exp(growth * time) * initial + integral * forced)
+        sizes = {"time": time, "initial": initial, "disturbance": disturbance}
+        for name, size in (sizes | {"input_noise": input_noise}).items():
+            if not size >= 0:
+                raise InputError(f"{name} must be at least 0, got {size}")
+        if math.isnan(base):
+            raise InputError(f"base must be a number, got {base}")
+        growth, forced = base - self.rate, disturbance + self.lipschitz * input_noise
+        try:
+            grown = math.exp(growth * time)
+            integral = time if growth == 0 else math.expm1(growth * time) / growth
+        except OverflowError:
+            grown = integral = math.inf
+        # A term that is absent adds nothing, also where its factor is infinite.
+        parts = [factor * size for factor, size in ((grown, initial), (integral, forced)) if size]
+        return self.stretch * sum(parts)
 
     def __str__(self) -> str:
         """Say what is guaranteed."""
@@ -292,7 +306,14 @@ def roots(metric: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def measure(jacobian: Tensor, certificate: Certificate) -> Verification:
-    """Compare Jacobians [batch, n, n] in float64 with a certificate."""
+    """Compare Jacobians [batch, n, n] in float64 with a certificate.
+
+    Raises:
+        InputError: there is no Jacobian, or one is not finite.
+    """
+    if not len(jacobian) or not torch.isfinite(jacobian).all():
+        got = "with Jacobians that are not finite" if len(jacobian) else "of them"
+        raise InputError(f"expected finite samples, one at least, got {len(jacobian)} {got}")
     j, p, n, condition = jacobian, certificate.metric, jacobian.shape[-1], 1.0
     if p is not None:
         one = torch.eye(n // len(p), dtype=p.dtype, device=p.device)

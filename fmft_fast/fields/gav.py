@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +227,7 @@ class GAV(nn.Module):
 
         Raises:
             CertificateError: as `certificate`.
+            InputError: no sample, or one with a Jacobian that is not finite.
         """
         return measure(self.jacobian(samples, cond), self.certificate())
 
@@ -242,7 +244,7 @@ class GAV(nn.Module):
 
     def exact(self) -> tuple[Tensor, list[Sector], Tensor | None]:
         """The weights that `forward` uses as float64: A_0, the branches, and P."""
-        for name, p in self.named_parameters():
+        for name, p in chain(self.named_parameters(), self.named_buffers()):
             if not torch.isfinite(p).all():
                 raise CertificateError(f"{name} has NaN or infinite entries; restore a checkpoint")
         left, right = self.linear()

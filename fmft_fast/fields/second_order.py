@@ -126,6 +126,7 @@ class SecondOrderGAV(nn.Module):
 
         Raises:
             CertificateError: as `certificate`.
+            InputError: no sample, or one with a Jacobian that is not finite.
         """
         return measure(self.jacobian(samples, cond), self.certificate())
 

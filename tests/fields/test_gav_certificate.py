@@ -152,6 +152,34 @@ def test_a_parameter_that_is_not_finite_is_named():
         field.certificate()
 
 
+def test_a_center_that_is_not_finite_is_named():
+    field = GAV(2, center=torch.tensor([0.0, math.nan]))
+    with pytest.raises(CertificateError, match="center has NaN"):
+        field.certificate()
+
+
+def test_samples_that_show_nothing_are_refused():
+    field = GAV(2)
+    with pytest.raises(InputError, match="one at least, got 0"):
+        field.verify(torch.zeros(0, 2))
+    for entry in (math.nan, math.inf):
+        with pytest.raises(InputError, match="got 3 with Jacobians that are not finite"):
+            field.verify(torch.full((3, 2), entry))
+
+
+def test_a_deviation_beyond_float64_is_infinite_and_negative_sizes_are_refused():
+    certificate = GAV(2).certificate()
+    for bound in ("initial", "disturbance", "input_noise"):
+        assert certificate.deviation(1.0, base=1e4, **{bound: 1e-3}) == math.inf
+        with pytest.raises(InputError, match=f"{bound} must be at least 0, got -5"):
+            certificate.deviation(1.0, **{bound: -5})
+    assert certificate.deviation(1.0, base=1e4) == 0
+    with pytest.raises(InputError, match="time must be at least 0, got -1"):
+        certificate.deviation(-1.0, initial=1.0)
+    with pytest.raises(InputError, match="base must be a number, got nan"):
+        certificate.deviation(1.0, initial=1.0, base=math.nan)
+
+
 def test_the_rate_holds_for_the_metric_that_is_given():
     torch.manual_seed(185)
     field = GAV(3, 1, 4, metric="learned", rank=2)
