@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +88,11 @@ class GAV(nn.Module):
         turning: bool = True,
     ) -> None:
         super().__init__()
-        self.shape = (dim,) if isinstance(dim, int) else tuple(dim)
+        shape = tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        self.shape = tuple(_whole("dim", size) for size in shape)
+        branches, cond_dim = _whole("branches", branches, 0), _whole("cond_dim", cond_dim, 0)
+        width = None if width is None else _whole("width", width)
+        rank = None if rank is None else _whole("rank", rank)
         self.dim = n = math.prod(self.shape)
         names = (activation,) * branches if isinstance(activation, str) else tuple(activation)
         kind = _checked(self.shape, branches, width, construction, names, rate, metric, rank)
@@ -292,11 +298,8 @@ def _checked(
     rank: int | None,
 ) -> type[Branch]:
     n = math.prod(shape)
-    if not shape or n < 1 or branches < 0 or (width is not None and width < 1):
-        raise InputError(
-            "expected a state size or shape >= 1, branches >= 0 and width >= 1, "
-            f"got {shape}, branches = {branches}, width = {width}"
-        )
+    if not shape:
+        raise InputError("dim must be a size or a shape of at least one axis, got ()")
     if construction not in CONSTRUCTIONS:
         known = ", ".join(CONSTRUCTIONS)
         raise InputError(f"unknown construction {construction!r}; choose one of {known}")
@@ -312,13 +315,20 @@ def _checked(
         if name not in BRANCH_ACTIVATIONS:
             known = ", ".join(sorted(BRANCH_ACTIVATIONS))
             raise InputError(f"unknown activation {name!r}; choose one of {known}")
-    if not 0 < rate < math.inf:
-        raise InputError(f"rate must be positive and finite, got {rate}")
+    if not isinstance(rate, Real) or not 0 < rate < math.inf:
+        raise InputError(f"rate must be positive and finite, got {rate!r}")
     if metric not in ("identity", "learned"):
         raise InputError(f'metric must be "identity" or "learned", got {metric!r}')
-    if rank is not None and not 1 <= rank <= n:
+    if rank is not None and rank > n:
         raise InputError(f"rank must be in [1, {n}] or None, got {rank}")
     return CONSTRUCTIONS[construction]
+
+
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    """A size as an int, whatever kind of whole number it was."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}")
+    return int(value)
 
 
 def _shown(shape: tuple[int, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -120,7 +121,18 @@ def test_a_learned_center_gets_a_gradient():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dim": 0}, r"got \(0,\)"),
+        ({"dim": 0}, "dim must be a whole number, at least 1, got 0"),
+        ({"dim": ()}, r"got \(\)"),
+        ({"dim": (-2, -3)}, "dim must be .* got -2"),
+        ({"dim": 2.0}, "dim must be .* got 2.0"),
+        ({"dim": True}, "dim must be .* got True"),
+        ({"branches": "2"}, "branches must be .* got '2'"),
+        ({"branches": -1}, "branches must be a whole number, at least 0, got -1"),
+        ({"width": 1.5}, "width must be .* got 1.5"),
+        ({"width": 0}, "width must be .* got 0"),
+        ({"rank": 0}, "rank must be .* got 0"),
+        ({"cond_dim": 1.5}, "cond_dim must be .* got 1.5"),
+        ({"rate": "1"}, "rate must be positive and finite, got '1'"),
         ({"construction": "hurwitz"}, "'hurwitz'.*collocated"),
         ({"construction": "schur-cayley", "width": 5}, "width must be 3"),
         ({"activation": ("tanh",)}, r"one per branch \(2\), got 1"),
@@ -136,6 +148,13 @@ def test_a_learned_center_gets_a_gradient():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         GAV(**{"dim": 3, **arguments})
+
+
+def test_sizes_may_be_whole_numbers_of_any_kind():
+    field = GAV(np.int64(3), np.int32(1), np.int64(4), rank=np.int64(2), rate=np.float32(0.5))
+    assert field.shape == (3,) and type(field.shape[0]) is int
+    assert GAV(torch.Size([2, 3])).shape == (2, 3)
+    assert field(torch.tensor(0.5), torch.ones(7, 3)).shape == (7, 3)
 
 
 OPTIONS = {

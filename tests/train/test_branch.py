@@ -297,7 +297,6 @@ def test_shaped_and_conditional_states(mode, labels, tmp_path):
         ("residual", {"center": "nowhere"}, "center = \"data\".* got 'nowhere'"),
         ("residual", {"center": [1.0, 2.0]}, r"numbers of the shape \[1\], got \[1.0, 2.0\]"),
         ("residual", {"center": "condition"}, "needs conditions"),
-        ("residual", {"width": "wide"}, "expected values that the branch takes, got {'width'"),
         ("residual-mlp", {"velocity": 3}, "expected velocity = true or false, got 3"),
         ("residual-mlp", {"hidden": ["wide"]}, "expected values that the branch takes"),
     ],
@@ -319,8 +318,9 @@ def test_options_that_do_not_fit_are_refused(field, mode, options, message):
 def test_settings_that_do_not_go_together_are_refused(field, settings, message):
     with pytest.raises(ConfigError, match=message):
         make(field, **settings)
-    with pytest.raises(InputError, match="unknown activation"):
-        make(field, mode="residual", residual_options={"activation": "sine"})
+    for option, refused in (("activation", "unknown activation"), ("width", "width must be")):
+        with pytest.raises(InputError, match=refused):
+            make(field, mode="residual", residual_options={option: "sine"})
 
 
 BRANCHES = [
