@@ -97,7 +97,7 @@ def test_several_terms(base, keep):
 @pytest.mark.parametrize("keep", ["inputs", "activations"])
 @pytest.mark.parametrize("name", RESIDUALS)
 def test_v_and_gav_as_one_field(name, keep):
-    compare(*residual(name, 11, "rk4"), keep)
+    compare(*residual(name, 33, "rk4"), keep)
 
 
 def test_an_identity_term_a_shared_matrix_and_a_dead_layer():
