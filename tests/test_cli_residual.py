@@ -99,7 +99,7 @@ def test_settings_of_a_branch_stand_in_files_and_are_explained(tiny, capsys):
     for words, message in (
         (["--residual_options.width", "0"], "width"),
         (["--residual_options.widht", "4"], "got 'widht'; did you mean 'width'"),
-        (["--residual_options.width", "wide"], "expected values that the branch takes"),
+        (["--residual_options.width", "wide"], "width must be a whole number"),
         (["--mode", "direct", "--joint", "true"], "joint: expected nothing in mode direct"),
     ):
         capsys.readouterr()
