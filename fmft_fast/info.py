@@ -64,10 +64,11 @@ def info_text() -> str:
 
 
 def machine_class(device: str) -> str:
-    """Name machines whose ratios of times can be compared: vendor and instruction set, or GPU."""
+    """Name machines whose ratios of times can be compared: kind of CPU and instructions, or GPU."""
     if device == "cuda":
         return f"cuda {torch.cuda.get_device_name()}"
-    return f"{cpu()['vendor']} {torch.backends.cpu.get_cpu_capability()}"
+    found, isa = cpu(), torch.backends.cpu.get_cpu_capability()
+    return f"{found['vendor']} family {found['family']} {isa}"
 
 
 def cpu() -> dict[str, Any]:
