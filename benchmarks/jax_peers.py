@@ -187,11 +187,11 @@ def _gav(t: Any, x: Any, w: Weights) -> Any:
 
 def _residual(t: Any, x: Any, w: Weights) -> Any:
     r, k = w["branch.damping"], w["branch.skew"]
-    rate = 1e-3 + jax.nn.softplus(10 * w["branch.excess_rate"])
+    rate = 1e-3 + jax.nn.softplus(10 * w["branch.excess_rate"] - 5)
     out = _mlp(t, x, w, jax.nn.selu, prefix="base.") + x @ (k - k.T - r @ r.T).T - rate * x
     for i, f in enumerate((jnp.tanh, jax.nn.leaky_relu, jnp.arcsinh)):
         gain, offset, d = (w[f"branch.branches.{i}.{n}"] for n in ("gain", "offset", "directions"))
-        a = -(d * (jax.nn.softplus(10 * gain) * d.shape[1] / len(d))[:, None]).T
+        a = -(d * (jax.nn.softplus(10 * gain - 5) * d.shape[1] / len(d))[:, None]).T
         out = out + (f(x @ d.T + offset) - f(offset)) @ a.T
     return out
 
