@@ -1,4 +1,4 @@
-"""Imports go one way: cli, tasks, train, flow and its like, solvers, fusion, ops, kernels."""
+"""Imports go one way: cli, tasks, envs, policies, train, flow and its like, solvers, ..., kernels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fmft_fast"
 LAYERS = (
-    {"cli", "__main__", "analyze", "commands", "demo", "report", "info", "studies", "workers"},
+    {"cli", "__main__", "analyze", "commands", "demo", "report", "info", "studies"},
     {"tasks"},
+    {"envs"},
+    {"policies"},
     {"train"},
-    {"flow", "fields", "analysis"},
+    {"flow", "fields", "analysis", "data", "workers"},
     {"solvers"},
     {"fusion"},
     {"ops"},

@@ -1,0 +1,1 @@
+"""Demonstrations: one layout in memory, readers of the usual formats, windows, normalisers."""

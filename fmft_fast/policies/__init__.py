@@ -1,0 +1,1 @@
+"""Flow-matching policies: networks with normalisers that predict sequences of actions."""
