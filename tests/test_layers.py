@@ -1,4 +1,4 @@
-"""Imports go one way: cli, tasks, envs, policies, train, flow and its like, solvers, ..., kernels."""
+"""Imports go one way: cli, tasks, envs, policies, train, flow and its like, solvers and so on."""
 
 from __future__ import annotations
 
