@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -25,7 +26,7 @@ class Job:
 
     Attributes:
         name: unique; stands in messages.
-        work: called in a worker; it and its arguments are pickled.
+        work: called in a worker; it, its arguments and what it returns are pickled.
         arguments: of `work`.
         needs: names of the jobs that have to end well before.
     """
@@ -38,10 +39,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that has ended, and what went wrong if something did."""
+    """A job that has ended, what went wrong if something did, and else what its work returned."""
 
     job: Job
     error: str | None = None
+    value: Any = None
 
 
 def run_jobs(
@@ -64,10 +66,10 @@ def run_jobs(
     Example:
         >>> jobs = [Job("a", len, (3,)), Job("b", len, ([],), needs=("a",)), Job("c", len, ([],))]
         >>> for ended in run_jobs(jobs, 0):
-        ...     print(ended.job.name, ended.error and ended.error.partition(":")[0])
-        a TypeError
-        b it needs a, which failed
-        c None
+        ...     print(ended.job.name, ended.error and ended.error.partition(":")[0], ended.value)
+        a TypeError None
+        b it needs a, which failed None
+        c None 0
     """
     if workers < 0:
         raise InputError(f"expected at least 0 workers, got {workers}")
@@ -92,10 +94,11 @@ def _run_here(jobs: Sequence[Job]) -> Generator[Ended, None, None]:
     torch.set_num_threads(1)
     try:
         for job in jobs:
-            error = _missing(job, failed) or _attempt(job)
-            if error is not None:
+            missing = _missing(job, failed)
+            ended = Ended(job, missing) if missing else Ended(job, *_attempt(job))
+            if ended.error is not None:
                 failed.add(job.name)
-            yield Ended(job, error)
+            yield ended
     finally:
         torch.set_num_threads(threads)
 
@@ -159,7 +162,7 @@ class _Worker:
     def end(self) -> Ended:
         assert self.job is not None
         try:
-            return Ended(self.job, self.pipe.recv())
+            return Ended(self.job, *self.pipe.recv())
         except EOFError:
             self.process.join()
             return Ended(self.job, f"its process ended with exit code {self.process.exitcode}")
@@ -184,18 +187,21 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            pipe.send(_attempt(job))
+            error, value = _attempt(job)
+            try:
+                pipe.send((error, value))
+            except (TypeError, AttributeError, pickle.PicklingError) as refusal:
+                pipe.send((f"what its work returned cannot be pickled: {refusal}", None))
         except KeyboardInterrupt:
             sys.exit(130)
 
 
-def _attempt(job: Job) -> str | None:
-    """Do a job, and say what went wrong if something did."""
+def _attempt(job: Job) -> tuple[str | None, Any]:
+    """Do a job; give what went wrong if something did, and what the work returned."""
     try:
-        job.work(*job.arguments)
+        return None, job.work(*job.arguments)
     except FmftError as error:
-        return str(error)
+        return str(error), None
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
-    return None
+        return f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})", None
