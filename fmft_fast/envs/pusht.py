@@ -61,7 +61,7 @@ def published_state(start: int) -> np.ndarray:
 
     Example:
         >>> published_state(0)[:4]
-        array([241., 137., 192., 175.])
+        array([235., 124., 335., 128.])
     """
     if not 0 <= start < 2**32 - FIRST_SEED:
         raise InputError(f"start: expected a whole number from 0 on, got {start}")
@@ -86,7 +86,7 @@ class PushT:
     name = "pusht"
     obs_dim, action_dim = 20, 2
     max_steps = 300
-    measures = ("score", "success")
+    measures: tuple[str, ...] = ("score", "success")
     frame_rate = 10.0
 
     def __init__(self) -> None:
