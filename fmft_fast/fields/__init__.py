@@ -6,14 +6,18 @@ from fmft_fast.fields.gav import GAV
 from fmft_fast.fields.mlp import ACTIVATIONS, MLP
 from fmft_fast.fields.residual import Residual
 from fmft_fast.fields.second_order import Augmented, SecondOrderGAV
+from fmft_fast.fields.transformer import ActionTransformer
+from fmft_fast.fields.unet1d import ConditionalUnet1d
 
 __all__ = [
     "ACTIVATIONS",
     "BRANCH_ACTIVATIONS",
     "GAV",
     "MLP",
+    "ActionTransformer",
     "Augmented",
     "Certificate",
+    "ConditionalUnet1d",
     "Residual",
     "SecondOrderGAV",
     "Verification",
