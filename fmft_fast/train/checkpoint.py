@@ -58,14 +58,25 @@ class Checkpoint:
 
 
 def describe_field(model: nn.Module) -> dict[str, Any]:
-    """Name a model's class, its tensors' dtypes and shapes, and the branches beside its field."""
+    """Name a model's class, its tensors' dtypes and shapes, and the branches beside its field.
+
+    A field whose attribute `recipe` gives plain values can be built again from them alone.
+    """
     cls = type(model)
     name = f"{cls.__module__}.{cls.__qualname__}"
     return {
         "class": name,
         "tensors": _describe(model.state_dict()),
         "residuals": recipes(model),
+        "recipe": getattr(innermost(model), "recipe", None),
     }
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """Give the field inside all residuals."""
+    while isinstance(model, Residual):
+        model = model.base
+    return model
 
 
 def recipes(model: nn.Module) -> list[dict[str, Any] | None]:

@@ -23,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ConfigT = TypeVar("ConfigT", bound="FitConfig")
+ConfigT = TypeVar("ConfigT", bound="Settings")
 MODES = ("direct", "residual", "residual-mlp")
 PAIRED = f"how noise and data are paired: {', '.join(COUPLINGS)}"
 
@@ -45,37 +45,12 @@ def key(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """What every training run needs; `fit` reads nothing else.
+class Settings:
+    """Keys declared by `key`, converted and checked when made.
 
     Raises:
         ConfigError: a value has the wrong type or lies outside its range.
     """
-
-    steps: int = key(3000, "optimiser steps", low=1)
-    batch_size: int = key(256, "samples per step (a DataLoader brings its own)", low=1)
-    lr: float = key(1e-3, "peak learning rate of AdamW", above=0)
-    weight_decay: float = key(0.0, "decoupled weight decay", low=0)
-    schedule: str = key("cosine", "shape after the warm-up", choices=("constant", "cosine"))
-    warmup: int = key(0, "steps of linear warm-up", low=0)
-    grad_clip: float | None = key(1.0, "largest gradient norm, or none", above=0)
-    ema_decay: float | None = key(
-        None, "final decay of the averaged weights, or none", low=0, high=1
-    )
-    seed: int = key(0, "seed of every random stream of the run", low=0)
-    device: str = key("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = key("float32", "dtype of parameters and data", choices=("float32", "float64"))
-    cuda_graph: bool | str = key(
-        "auto", "replay the training step as one CUDA graph", choices=("auto", True, False)
-    )
-    log_every: int = key(50, "steps between lines of metrics", low=1)
-    eval_every: int = key(250, "steps between evaluations", low=1)
-    metric: str = key("heldout", "evaluated metric that picks the best model (lower is better)")
-    select: str = key("last", "weights the run ends with", choices=("last", "best"))
-    patience: int | None = key(None, "evaluations without a better metric, then stop", low=1)
-    checkpoint_every: int = key(500, "steps between checkpoints", low=1)
-    keep_last: int = key(2, "checkpoints kept besides the best one", low=1)
-    tensorboard: bool = key(False, "write TensorBoard event files, too")
 
     def __post_init__(self) -> None:
         """Convert (list to tuple, int to float, tables to plain values) and check every value."""
@@ -106,6 +81,36 @@ class FitConfig:
     def to_toml(self, section: str | None = None) -> str:
         """Write the configuration as TOML, under `[section]` when one is named."""
         return format_toml(self.to_dict(), section)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitConfig(Settings):
+    """What every training run needs; `fit` reads nothing else."""
+
+    steps: int = key(3000, "optimiser steps", low=1)
+    batch_size: int = key(256, "samples per step (a DataLoader brings its own)", low=1)
+    lr: float = key(1e-3, "peak learning rate of AdamW", above=0)
+    weight_decay: float = key(0.0, "decoupled weight decay", low=0)
+    schedule: str = key("cosine", "shape after the warm-up", choices=("constant", "cosine"))
+    warmup: int = key(0, "steps of linear warm-up", low=0)
+    grad_clip: float | None = key(1.0, "largest gradient norm, or none", above=0)
+    ema_decay: float | None = key(
+        None, "final decay of the averaged weights, or none", low=0, high=1
+    )
+    seed: int = key(0, "seed of every random stream of the run", low=0)
+    device: str = key("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = key("float32", "dtype of parameters and data", choices=("float32", "float64"))
+    cuda_graph: bool | str = key(
+        "auto", "replay the training step as one CUDA graph", choices=("auto", True, False)
+    )
+    log_every: int = key(50, "steps between lines of metrics", low=1)
+    eval_every: int = key(250, "steps between evaluations", low=1)
+    metric: str = key("heldout", "evaluated metric that picks the best model (lower is better)")
+    select: str = key("last", "weights the run ends with", choices=("last", "best"))
+    patience: int | None = key(None, "evaluations without a better metric, then stop", low=1)
+    checkpoint_every: int = key(500, "steps between checkpoints", low=1)
+    keep_last: int = key(2, "checkpoints kept besides the best one", low=1)
+    tensorboard: bool = key(False, "write TensorBoard event files, too")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
