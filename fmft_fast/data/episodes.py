@@ -66,8 +66,14 @@ class Episodes:
         object.__setattr__(self, "episode_ends", ends)
 
     @classmethod
-    def from_list(cls, episodes: Sequence[Mapping[str, Any]]) -> Episodes:
+    def from_list(
+        cls, episodes: Sequence[Mapping[str, Any]], *, labels: Sequence[str] | None = None
+    ) -> Episodes:
         """Join episodes, each a mapping of arrays [length, ...] with the same names.
+
+        Args:
+            episodes: one mapping for each.
+            labels: what messages call them; "episode 0" and so on by default.
 
         Raises:
             InputError: an episode lacks an array, has one more, or differs in shape, in kind of
@@ -80,8 +86,9 @@ class Episodes:
         if not episodes:
             raise InputError("episodes: expected at least one, got none; record one")
         parts: dict[str, list[np.ndarray]] = {name: [] for name in episodes[0]}
-        for index, episode in enumerate(episodes):
-            _check_like_first(index, episode, parts)
+        labels = labels or [f"episode {index}" for index in range(len(episodes))]
+        for label, episode in zip(labels, episodes, strict=True):
+            _append(parts, episode, label, labels[0])
         joined = {name: np.concatenate(pieces) for name, pieces in parts.items()}
         first = next(iter(parts.values()), [])
         return cls(joined, np.cumsum([len(piece) for piece in first], dtype=np.int64))
@@ -250,31 +257,31 @@ def _check_finite(name: str, array: np.ndarray) -> None:
             )
 
 
-def _check_like_first(
-    index: int, episode: Mapping[str, Any], parts: dict[str, list[np.ndarray]]
+def _append(
+    parts: dict[str, list[np.ndarray]], episode: Mapping[str, Any], label: str, first_label: str
 ) -> None:
     """Check an episode against those before it and append its arrays to `parts`."""
     if set(episode) != set(parts):
         odd = sorted(set(episode) ^ set(parts))[0]
         where = "only in" if odd in episode else "missing from"
         raise InputError(
-            f"{odd}: expected in every episode, got an array {where} episode {index}; "
+            f"{odd}: expected in every episode or in none, got an array {where} {label}; "
             f"write the same arrays for every episode, or leave it out"
         )
     length: tuple[str, int] | None = None
     for name, pieces in parts.items():
-        array = check_array(f"{name} of episode {index}", episode[name])
+        array = check_array(f"{name} of {label}", episode[name])
         first = pieces[0] if pieces else array
         if array.shape[1:] != first.shape[1:] or array.dtype.kind != first.dtype.kind:
             raise InputError(
-                f"{name} of episode {index}: expected {first.dtype} of shape "
-                f"{list(first.shape[1:])} a step as in episode 0, got {array.dtype} of "
-                f"{list(array.shape[1:])}; make them alike"
+                f"{name} of {label}: expected {first.dtype} of shape {list(first.shape[1:])} a "
+                f"step as in {first_label}, got {array.dtype} of {list(array.shape[1:])}; "
+                f"make them alike"
             )
         length = length or (name, len(array))
         if len(array) != length[1]:
             raise InputError(
-                f"{name} of episode {index}: expected {length[1]} steps as in {length[0]}, got "
+                f"{name} of {label}: expected {length[1]} steps as in {length[0]}, got "
                 f"{len(array)}; write one entry for every step"
             )
         pieces.append(array)

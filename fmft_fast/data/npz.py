@@ -13,7 +13,18 @@ from fmft_fast.data.episodes import ENDS, Episodes
 from fmft_fast.data.names import choose
 from fmft_fast.errors import InputError
 
-DAMAGE = (OSError, EOFError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error)
+# What reading raises on damage, a wrong size in a header (MemoryError) and odd archives included.
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    SyntaxError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def recognise(path: Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fmft_fast.data import npz
+from fmft_fast.data import d4rl, lerobot, minari, npz, relay, robomimic, zarr_buffer
 from fmft_fast.data.episodes import Episodes
 from fmft_fast.errors import InputError
 
@@ -21,11 +21,25 @@ class Format(NamedTuple):
 
 FORMATS = {
     "npz": Format(npz.recognise, npz.read, "a file .npz with episode_ends"),
+    "zarr": Format(
+        zarr_buffer.recognise,
+        zarr_buffer.read,
+        "a folder or .zip with data/* and meta/episode_ends",
+    ),
+    "robomimic": Format(robomimic.recognise, robomimic.read, "HDF5 with data/demo_0/actions"),
+    "minari": Format(minari.recognise, minari.read, "HDF5 with episode_0/observations"),
+    "d4rl": Format(d4rl.recognise, d4rl.read, "HDF5 with observations and terminals"),
+    "relay": Format(relay.recognise, relay.read, "a folder with existence_mask.npy"),
+    "lerobot": Format(lerobot.recognise, lerobot.read, "a folder with meta/info.json"),
 }
 
 
 def read_episodes(
-    path: str | Path, format: str = "auto", arrays: Sequence[str] | None = None
+    path: str | Path,
+    format: str = "auto",
+    arrays: Sequence[str] | None = None,
+    *,
+    filter_key: str | None = None,
 ) -> Episodes:
     """Read episodes into memory and check them.
 
@@ -34,6 +48,7 @@ def read_episodes(
         format: a key of `FORMATS`, or "auto" to recognise it by its content.
         arrays: names to read. By default everything is read but images (arrays of four and more
             dimensions), which are read where they are named or where there is nothing else.
+        filter_key: the list of demonstrations to read, as `mask/*` of a robomimic file has them.
 
     Returns:
         The episodes; arrays keep the names of the source, with "/" between the parts of a name.
@@ -62,7 +77,14 @@ def read_episodes(
             raise InputError(
                 f"format: expected auto or one of {', '.join(FORMATS)}, got {format!r}; use one"
             )
-        return FORMATS[format].read(path, arrays)
+        if filter_key is None:
+            return FORMATS[format].read(path, arrays)
+        if format != "robomimic":
+            raise InputError(
+                f"filter_key: expected with the format robomimic alone, got format {format}; "
+                f"leave it out"
+            )
+        return robomimic.read(path, arrays, filter_key)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
