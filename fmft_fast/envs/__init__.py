@@ -3,15 +3,21 @@
 from fmft_fast.envs import pusht
 from fmft_fast.envs.base import ENVIRONMENTS, Environment, make_environment, register
 from fmft_fast.envs.evaluate import evaluate_policy
+from fmft_fast.envs.noise import ObservationNoise
 from fmft_fast.envs.rollout import Episode, roll_out
+from fmft_fast.envs.scores import Interval, paired_difference, summarise
 
 __all__ = [
     "ENVIRONMENTS",
     "Environment",
     "Episode",
+    "Interval",
+    "ObservationNoise",
     "evaluate_policy",
     "make_environment",
+    "paired_difference",
     "pusht",
     "register",
     "roll_out",
+    "summarise",
 ]

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from fmft_fast.envs.base import Environment, make_environment
-from fmft_fast.envs.rollout import Episode, roll_out
+from fmft_fast.envs.noise import ObservationNoise
+from fmft_fast.envs.rollout import Episode, as_noise, roll_out
 from fmft_fast.errors import FmftError, InputError
 from fmft_fast.policies import FlowPolicy
 from fmft_fast.train.logging import progress_bar
-from fmft_fast.workers import Job, run_jobs
+from fmft_fast.workers import Ended, Job, run_jobs
 
 CHUNK = 25  # starts of a job; fixed, so that results do not depend on the number of workers
 
@@ -35,7 +36,7 @@ def evaluate_policy(
     steps: Sequence[int] = (1, 4, 16),
     method: str = "euler",
     noise_seeds: Sequence[int] = (0,),
-    observation_noise: Sequence[Any] = (None,),
+    observation_noise: Sequence[ObservationNoise | str] = ("none",),
     workers: int = 2,
     max_steps: int | None = None,
     record: int = 0,
@@ -51,8 +52,7 @@ def evaluate_policy(
         steps: numbers of solver steps of a prediction.
         method: solver's name.
         noise_seeds: of the noise that predictions start from.
-        observation_noise: disturbances of what the policy sees, each an `ObservationNoise`; None
-            for none.
+        observation_noise: disturbances of what the policy sees, each in turn.
         workers: processes; 0 works in this one. The rows do not depend on it.
         max_steps: steps of an episode; by default those of the published protocol.
         record: of so many starts, the first ones, pictures are kept for `recorded`.
@@ -65,31 +65,28 @@ def evaluate_policy(
         the simulator's measures.
 
     Raises:
-        InputError: there is nothing to do.
+        InputError: there are no starts or settings, or one comes twice.
         FmftError: a roll-out failed; says which and why.
     """
     numbers = list(range(starts)) if isinstance(starts, int) else list(starts)
-    if not (numbers and steps and noise_seeds and observation_noise):
-        raise InputError(
-            "expected starts, steps, noise_seeds and observation_noise, at least one of each"
-        )
     chunks = [numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)]
-    settings = itertools.product(steps, observation_noise, noise_seeds, chunks)
+    noises = [as_noise(noise) for noise in observation_noise]
+    _check_each_once(starts=numbers, steps=steps, noise_seeds=noise_seeds, observation_noise=noises)
     with _saved(policy) as path:
         jobs = []
-        for n, noise, seed, chunk in settings:
+        for n, noise, noise_seed, chunk in itertools.product(steps, noises, noise_seeds, chunks):
             options = {
                 "steps": n,
                 "method": method,
-                "noise_seed": seed,
+                "noise_seed": noise_seed,
                 "observation_noise": noise,
-                "record": [start for start in chunk if start in numbers[:record]],
+                "record": sorted(set(chunk) & set(numbers[:record])),
                 "max_steps": max_steps,
             }
-            name = f"steps {n}, noise {noise or 'none'}, seed {seed}, starts from {chunk[0]}"
+            name = f"steps {n}, noise {noise}, noise seed {noise_seed}, starts from {chunk[0]}"
             jobs.append(Job(name, _roll_chunk, (path, environment, chunk, options)))
-        total = len(numbers) * len(jobs) // len(chunks)
         rows: dict[str, list[Row]] = {}
+        total = len(numbers) * len(jobs) // len(chunks)
         with progress_bar(total, environment, show=progress, unit="episode") as bar:
             with closing(run_jobs(jobs, workers, tick=lambda: bar.update(0))) as ends:
                 for ended in ends:
@@ -100,13 +97,20 @@ def evaluate_policy(
     return [row for job in jobs for row in rows[job.name]]
 
 
-def _rows(ended: Any, recorded: Callable[[Row, Episode], object] | None) -> list[Row]:
+def _check_each_once(**settings: Sequence[Any]) -> None:
+    for name, values in settings.items():
+        texts = [str(value) for value in values]
+        if not texts or len(set(texts)) < len(texts):
+            raise InputError(f"{name}: expected at least one, each once, got {', '.join(texts)}")
+
+
+def _rows(ended: Ended, recorded: Callable[[Row, Episode], object] | None) -> list[Row]:
     """Make rows of a chunk's episodes."""
     options, rows = ended.job.arguments[-1], []
     for episode in ended.value:
         row = {
             "steps": options["steps"],
-            "noise": str(options["observation_noise"] or "none"),
+            "noise": str(options["observation_noise"]),
             "noise_seed": options["noise_seed"],
             "start": episode.start,
             "length": episode.length,

@@ -218,7 +218,8 @@ class _Coverage:
 
         place = self._block.local_to_world
         corners = np.array([[place(corner) for corner in ring] for ring in self._outlines])
-        block = shapely.multipolygons(shapely.polygons(corners))
+        parts: Any = shapely.polygons(corners)
+        block = shapely.multipolygons(parts)
         return self._goal.intersection(block).area / self._goal_area
 
 

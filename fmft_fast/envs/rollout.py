@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fmft_fast.envs.base import Environment, make_environment
+from fmft_fast.envs.noise import ObservationNoise
 from fmft_fast.errors import InputError, NonFiniteError
 
 ACTION_STREAM, OBSERVATION_STREAM = 0, 1
@@ -44,7 +45,7 @@ def roll_out(
     steps: int | None,
     method: str = "euler",
     noise_seed: int = 0,
-    observation_noise: Any = None,
+    observation_noise: ObservationNoise | str | None = None,
     record: Sequence[int] = (),
     max_steps: int | None = None,
 ) -> list[Episode]:
@@ -63,7 +64,8 @@ def roll_out(
         steps: solver steps of a prediction.
         method: solver's name.
         noise_seed: of the noise that predictions start from and of the observation noise.
-        observation_noise: an `ObservationNoise` between simulator and policy.
+        observation_noise: between simulator and policy; as text, see `ObservationNoise.parse`.
+            What is not given of its scale is taken from the policy's normaliser.
         record: starts whose pictures are kept.
         max_steps: steps of an episode; by default those of the published protocol.
 
@@ -97,8 +99,9 @@ def roll_out(
     limit = environment[0].max_steps if max_steps is None else max_steps
     if limit < 1:
         raise InputError(f"max_steps: expected at least 1, got {limit}")
+    noise = as_noise(observation_noise).for_policy(policy)
     runs = [
-        _Run(one, start, noise_seed, observation_noise, policy.config, start in record, limit)
+        _Run(one, start, noise_seed, noise, policy.config, start in record, limit)
         for one, start in zip(environment, starts, strict=False)
     ]
     with _evaluation_mode(policy):
@@ -124,7 +127,7 @@ class _Run:
         environment: Environment,
         start: int,
         noise_seed: int,
-        observation_noise: Any,
+        observation_noise: ObservationNoise,
         config: Any,
         record: bool,
         limit: int,
@@ -169,9 +172,12 @@ class _Run:
         if self._frames is not None:
             self._frames.append(self.environment.render())
         seen = torch.as_tensor(obs, dtype=torch.float32)
-        if self._observation_noise is None:
-            return seen
         return self._observation_noise.apply(seen.unsqueeze(0), [self._sensor])[0]
+
+
+def as_noise(noise: ObservationNoise | str | None) -> ObservationNoise:
+    """Read what callers may give for observation noise."""
+    return noise if isinstance(noise, ObservationNoise) else ObservationNoise.parse(noise or "none")
 
 
 def _stream(noise_seed: int, start: int, stream: int) -> torch.Generator:
