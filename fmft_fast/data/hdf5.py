@@ -34,10 +34,10 @@ def top_names(path: Path) -> list[str]:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[Any]:
-    """Open a file for reading.
+    """Open a file for reading, and turn what damage raises inside the block into InputError.
 
     Raises:
-        InputError: it is not a complete HDF5 file.
+        InputError: it is not a complete and undamaged HDF5 file.
         MissingDependencyError: h5py is not installed.
     """
     try:
@@ -53,7 +53,14 @@ def open_file(path: Path) -> Iterator[Any]:
             f"the file: expected a complete HDF5 file, got {error}; copy it again"
         ) from error
     with file:
-        yield file
+        try:
+            yield file
+        except InputError:
+            raise
+        except (OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:
+            raise InputError(
+                f"the file: expected an undamaged HDF5 file, got {error}; copy it again"
+            ) from error
 
 
 def group_of(parent: Any, name: str) -> Any:

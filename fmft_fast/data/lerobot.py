@@ -99,7 +99,9 @@ def _read_file(
                 name: _to_numpy(table.column(name), tuple(shape[1:]), f"{place}, column {name}")
                 for name, shape in shapes.items()
             }
-    except (pyarrow.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(
             f"{place}: expected a complete parquet file, got {error}; copy it again"
         ) from error
@@ -119,7 +121,8 @@ def _to_numpy(column: Any, shape: tuple[int, ...], place: str) -> np.ndarray:
         elif isinstance(
             values, pyarrow.ListArray | pyarrow.LargeListArray | pyarrow.FixedSizeListArray
         ):
-            sizes.append(pyarrow.compute.list_value_length(values).unique().to_pylist())
+            lengths = pyarrow.compute.call_function("list_value_length", [values])
+            sizes.append(lengths.unique().to_pylist())
             values = values.flatten()
         else:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ from fmft_fast.data.episodes import ENDS, Episodes
 from fmft_fast.data.names import choose
 from fmft_fast.errors import InputError
 
-# What reading raises on damage, a wrong size in a header (MemoryError) and odd archives included.
+# What reading .npy and .npz raises on damage, which may as well have hit a header or its sizes.
 DAMAGE = (
     OSError,
     EOFError,
     ValueError,
     KeyError,
     SyntaxError,
+    tokenize.TokenError,
     RuntimeError,
     MemoryError,
     zipfile.BadZipFile,

@@ -9,6 +9,7 @@ import numpy as np
 
 from fmft_fast.data.episodes import Episodes
 from fmft_fast.data.names import choose
+from fmft_fast.data.npz import DAMAGE
 from fmft_fast.errors import InputError
 
 SEQUENCES = ("observations_seq", "actions_seq")
@@ -54,7 +55,7 @@ def _load(path: Path, name: str) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(f"{name}: expected a file {file.name}, got none; copy it") from error
-    except (OSError, ValueError, EOFError) as error:
+    except DAMAGE as error:
         raise InputError(
             f"{name}: expected an undamaged array of numbers, got {error}; copy {file.name} again"
         ) from error
