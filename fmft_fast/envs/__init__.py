@@ -6,6 +6,7 @@ from fmft_fast.envs.evaluate import evaluate_policy
 from fmft_fast.envs.noise import ObservationNoise
 from fmft_fast.envs.rollout import Episode, roll_out
 from fmft_fast.envs.scores import Interval, paired_difference, summarise
+from fmft_fast.envs.video import contact_sheet, write_gif, write_video
 
 __all__ = [
     "ENVIRONMENTS",
@@ -13,6 +14,7 @@ __all__ = [
     "Episode",
     "Interval",
     "ObservationNoise",
+    "contact_sheet",
     "evaluate_policy",
     "make_environment",
     "paired_difference",
@@ -20,4 +22,6 @@ __all__ = [
     "register",
     "roll_out",
     "summarise",
+    "write_gif",
+    "write_video",
 ]

@@ -143,10 +143,11 @@ def _roll_chunk(
     path: Path, environment: str, starts: Sequence[int], options: dict[str, Any]
 ) -> list[Episode]:
     """Do one job, in a worker."""
+    policy = _load(path)  # first: its module may register the simulator
     pool = _KEPT.setdefault(environment, [])
     while len(pool) < len(starts):
         pool.append(make_environment(environment))
-    return roll_out(_load(path), pool, starts, **options)
+    return roll_out(policy, pool, starts, **options)
 
 
 @functools.lru_cache(maxsize=1)
