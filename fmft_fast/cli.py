@@ -17,7 +17,7 @@ from fmft_fast.errors import ConfigError, FmftError
 from fmft_fast.info import info_text, package_info
 from fmft_fast.studies import STUDIES, find_study
 from fmft_fast.studies.run import run as run_cells
-from fmft_fast.tasks import STEPS, TASKS, find_task
+from fmft_fast.tasks import STEPS, TASKS, Task, find_task
 from fmft_fast.train.config import as_typed, parse_overrides, read_toml
 from fmft_fast.version import __version__
 
@@ -138,6 +138,14 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_task(sub: argparse.ArgumentParser) -> None:
     names = ", ".join(f"{name} ({task.summary})" for name, task in TASKS.items())
     sub.add_argument("task", metavar="TASK", help=names)
+    kinds: dict[type, list[str]] = {}
+    for name, task in TASKS.items():
+        if task.options is not None:
+            kinds.setdefault(type(task.options), []).append(name)
+    for kind, tasks in kinds.items():
+        group = sub.add_argument_group(f"options of {', '.join(tasks)}")
+        for item in dataclasses.fields(kind):
+            _add_setting(group, item, [f"--{item.name}"])
 
 
 def _add_run_options(sub: argparse.ArgumentParser, *sections: str) -> None:
@@ -162,15 +170,20 @@ def _add_run_options(sub: argparse.ArgumentParser, *sections: str) -> None:
             flags = [f"--{name}.{item.name}"]
             if len(sections) == 1:
                 flags.insert(0, f"--{item.name}")
-            for flag in flags:
-                group.add_argument(
-                    flag,
-                    dest="settings",
-                    action="append",
-                    metavar="VALUE",
-                    type=lambda text, flag=flag: f"{flag}={text}",
-                    help=_help(item) if flag == flags[0] else argparse.SUPPRESS,
-                )
+            _add_setting(group, item, flags)
+
+
+def _add_setting(group: Any, item: dataclasses.Field, flags: Sequence[str]) -> None:
+    """Add a key as an option; all but the first of its spellings stay out of the help."""
+    for flag in flags:
+        group.add_argument(
+            flag,
+            dest="settings",
+            action="append",
+            metavar="VALUE",
+            type=lambda text, flag=flag: f"{flag}={text}",
+            help=_help(item) if flag == flags[0] else argparse.SUPPRESS,
+        )
 
 
 def _help(item: dataclasses.Field) -> str:
@@ -252,35 +265,34 @@ def _file(known: argparse.Namespace, place: Place) -> Path | None:
     return saved
 
 
-def _layers(
+def _set_up(
     known: argparse.Namespace, place: Place, overrides: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Give the tables that set this run up, a later one lying over an earlier one."""
-    file = _file(known, place)
-    files = [] if file is None else [commands.read_run_file(file, find_task(known.task))]
-    return [*files, overrides]
+) -> tuple[Task, list[dict[str, Any]]]:
+    """Give the task with its options, and the tables of settings, a later one over an earlier."""
+    file, task = _file(known, place), find_task(known.task)
+    files = [] if file is None else [commands.read_run_file(file, task)]
+    return commands.configure(task, [*files, overrides])
 
 
 def run_pretrain(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft pretrain TASK`."""
-    task = find_task(known.task)
-    commands.check_overrides(overrides, ["pretrain"])
-    place = _place(known, f"{task.name}/pretrain")
-    config = commands.make_config("pretrain", task, _layers(known, place, overrides))
-    commands.pretrain(task, config, place, steps=known.measure or STEPS)
+    place = _place(known, f"{find_task(known.task).name}/pretrain")
+    task, layers = _set_up(known, place, overrides)
+    commands.check_overrides(layers[-1], ["pretrain"])
+    config = commands.make_config("pretrain", task, layers)
+    commands.pretrain(task, config, place, steps=known.measure or task.steps)
     place.say(f"next: fmft finetune {task.name} --from {place.out}")
     return 0
 
 
 def run_finetune(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft finetune TASK`."""
-    task = find_task(known.task)
-    commands.check_overrides(overrides, ["finetune"])
-    place = _place(known, f"{task.name}/finetune")
-    layers = _layers(known, place, overrides)
+    place = _place(known, f"{find_task(known.task).name}/finetune")
+    task, layers = _set_up(known, place, overrides)
+    commands.check_overrides(layers[-1], ["finetune"])
     config = commands.make_config("finetune", task, layers)
     start = known.start or layers[0].get("from") or Path("runs") / task.name / "pretrain"
-    commands.finetune(task, config, place, start=start, steps=known.measure or STEPS)
+    commands.finetune(task, config, place, start=start, steps=known.measure or task.steps)
     return 0
 
 
@@ -318,7 +330,7 @@ def run_demo(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     file = _file(known, place)
     header = {} if file is None else read_toml(file)
     known.task = known.task or header.get("task", "toy-gmm")
-    task, layers = find_task(known.task), _layers(known, place, overrides)
+    task, layers = _set_up(known, place, overrides)
     demo.run(
         task,
         place,

@@ -31,8 +31,9 @@ from fmft_fast.train.checkpoint import resolve, versions
 from fmft_fast.train.config import format_toml, merge, read_toml, section, unknown_key
 
 SECTIONS: dict[str, type[FitConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-TABLES = ("coupling_options", "residual_options")
+TABLES = ("coupling_options", "residual_options", "network_options")
 HEADER = ("task", "from", "seeds", "measure")
+OPTIONS = "options"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,30 @@ class Place:
         """Print, unless told to be quiet."""
         if not self.quiet:
             print(text, flush=True)
+
+
+def configure(task: Task, layers: Sequence[Mapping[str, Any]]) -> tuple[Task, list[dict[str, Any]]]:
+    """Set a task up from its [options] in files and on the command line.
+
+    Args:
+        task: with its default options.
+        layers: nested tables, a later one lying over an earlier one. Options may also stand
+            outside of any section.
+
+    Returns:
+        The task with these options, and the layers without them.
+
+    Raises:
+        ConfigError: the task takes no such option, or a value is not understood.
+    """
+    known = set() if task.options is None else set(task.options.to_dict())
+    options: dict[str, Any] = {}
+    rest = []
+    for layer in layers:
+        own = {key: value for key, value in layer.items() if key in known}
+        options = merge(options, {**own, **section(layer, OPTIONS, list(layer))})
+        rest.append({k: v for k, v in layer.items() if k not in known and k != OPTIONS})
+    return task.configured(options), rest
 
 
 def make_config(name: str, task: Task, layers: Sequence[Mapping[str, Any]]) -> Any:
@@ -116,19 +141,23 @@ def load_field(task: Task, path: str | Path) -> tuple[nn.Module, Checkpoint]:
     """Give the model of a task's checkpoint, the field or a residual around it, in its dtype."""
     checkpoint = load_checkpoint(path)
     dtype = getattr(torch, checkpoint.config.get("dtype", "float32"))
-    return as_saved(new_field(task, 0).to(dtype), checkpoint, path), checkpoint
+    with torch.random.fork_rng(devices=[]):
+        field = task.field_of(checkpoint)
+    return as_saved(field.to(dtype), checkpoint, path), checkpoint
 
 
 def pretrain(
     task: Task, config: PretrainConfig, place: Place, *, steps: Sequence[int] = STEPS
 ) -> dict[str, Any]:
     """Pre-train the task's field, measure it, and write results.json."""
-    data = task.make_data(config.seed)
+    field = new_field(task, config.seed)
+    data = task.make_data(config.seed, field)
     trainer = FlowMatchingTrainer(
-        new_field(task, config.seed),
-        data.train,
+        field,
+        data.train_rows,
         config=config,
-        heldout=data.heldout,
+        heldout=data.heldout_rows,
+        evaluate=task.watch(config),
         out=place.out,
         progress=not place.quiet,
     )
@@ -154,12 +183,13 @@ def finetune(
     """Fine-tune a pre-trained field through its solve, measure both, draw what changed."""
     field, _ = load_field(task, start)
     before = on_cpu(copy.deepcopy(field))
-    data = task.make_data(config.seed)
+    data = task.make_data(config.seed, field)
     tuner = MLEFineTuner(
         field,
-        data.train,
+        data.train_rows,
         config=config,
-        heldout=data.heldout,
+        heldout=data.heldout_rows,
+        evaluate=task.watch(config),
         out=place.out,
         progress=not place.quiet,
     )
@@ -266,7 +296,8 @@ def begin(
     A resumed run keeps the file it has until it has ended well under the new settings.
     """
     header = {"task": task.name, **({"from": str(start)} if start is not None else {})}
-    text = f"{format_toml(header)}\n{config.to_toml(name)}"
+    options = {} if task.options is None else {OPTIONS: task.options.to_dict()}
+    text = f"{format_toml({**header, **options})}\n{config.to_toml(name)}"
     file = place.out / "config.toml"
     if not file.exists():
         place.out.mkdir(parents=True, exist_ok=True)

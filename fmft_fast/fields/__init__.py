@@ -1,6 +1,7 @@
 """Velocity fields: modules with `forward(t, x, cond=None)`."""
 
 from fmft_fast.fields.certificate import Certificate, Verification
+from fmft_fast.fields.conditional_mlp import ConditionalMLP
 from fmft_fast.fields.contraction import BRANCH_ACTIVATIONS
 from fmft_fast.fields.gav import GAV
 from fmft_fast.fields.mlp import ACTIVATIONS, MLP
@@ -17,6 +18,7 @@ __all__ = [
     "ActionTransformer",
     "Augmented",
     "Certificate",
+    "ConditionalMLP",
     "ConditionalUnet1d",
     "Residual",
     "SecondOrderGAV",

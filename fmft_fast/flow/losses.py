@@ -17,6 +17,7 @@ def flow_matching_loss(
     cond: Tensor | None = None,
     path: Path | None = None,
     t: Tensor | None = None,
+    time_power: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Give the mean squared error of the field against the path's velocity.
@@ -29,7 +30,10 @@ def flow_matching_loss(
         x1: data paired with it, [batch, *state].
         cond: conditions, [batch, ...].
         path: `LinearPath()` unless given.
-        t: flow times in [0, 1], [batch]; drawn uniformly unless given.
+        t: flow times in [0, 1], [batch]; drawn unless given.
+        time_power: of the density p (1 - t)^(p - 1) that t is drawn from; 1 is uniform. Above 1 it
+            favours early times, where what the condition says decides, over late ones, where the
+            loss has its largest part that nothing can learn.
         generator: source of t and of the path's own noise.
 
     Returns:
@@ -45,6 +49,7 @@ def flow_matching_loss(
     if t is None:
         device = x1.device if generator is None else generator.device
         t = torch.rand(len(x1), generator=generator, dtype=x1.dtype, device=device).to(x1.device)
+        t = t if time_power == 1.0 else 1 - t ** (1 / time_power)
     point = (path or LinearPath()).sample(t, x0, x1, generator=generator)
     velocity = field(point.t, point.x_t) if cond is None else field(point.t, point.x_t, cond)
     if velocity.shape != point.u_t.shape:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fmft_fast.errors import ConfigError
-from fmft_fast.fields import MLP, ActionTransformer, ConditionalUnet1d
+from fmft_fast.fields import ActionTransformer, ConditionalMLP, ConditionalUnet1d
 from fmft_fast.train.config import unknown_key
 
 
@@ -30,7 +30,7 @@ class PolicyConfig:
         n_action: actions executed before the next decision.
         horizon: actions predicted, at least n_obs - 1 + n_action.
         network: "mlp", "unet" or "transformer".
-        network_options: keyword arguments of `fmft_fast.fields.MLP`, `ConditionalUnet1d` or
+        network_options: keyword arguments of `fmft_fast.fields.ConditionalMLP`, `ConditionalUnet1d` or
             `ActionTransformer`, beside the sizes, which follow from the above.
 
     Raises:
@@ -105,9 +105,8 @@ def make_network(config: PolicyConfig) -> nn.Module:
     for name in config.network_options:
         if name not in known:
             raise unknown_key(name, known, f"an option of the network {config.network}")
-    defaults = {"hidden": MLP_HIDDEN, "activation": "silu"} if cls is MLP else {}
     try:
-        return cls(**given, **{**defaults, **config.network_options})
+        return cls(**given, **config.network_options)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"network_options: expected values that {cls.__name__} takes, got "
@@ -127,9 +126,8 @@ def _transformer_sizes(config: PolicyConfig) -> dict[str, Any]:
     return {**_sequence_sizes(config), "n_obs": config.n_obs}
 
 
-MLP_HIDDEN = (512, 512, 512, 512)
 NETWORKS: dict[str, tuple[type[nn.Module], Callable[[PolicyConfig], dict[str, Any]]]] = {
-    "mlp": (MLP, _mlp_sizes),
+    "mlp": (ConditionalMLP, _mlp_sizes),
     "unet": (ConditionalUnet1d, _sequence_sizes),
     "transformer": (ActionTransformer, _transformer_sizes),
 }

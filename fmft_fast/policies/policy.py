@@ -212,6 +212,17 @@ class FlowPolicy(nn.Module):
         path = Path(path)
         saved = path / CONFIG
         checkpoint = _read_saved(path) if saved.exists() else load_checkpoint(path)
+        policy = cls.like(checkpoint, path)
+        policy = policy.to(getattr(torch, checkpoint.config.get("dtype", "float32")))
+        return cls.of(as_saved(policy, checkpoint, path)).eval()
+
+    @classmethod
+    def like(cls, checkpoint: Checkpoint, path: str | Path = "the checkpoint") -> FlowPolicy:
+        """Make an untrained policy that a checkpoint's weights fit; `path` names it in messages.
+
+        Raises:
+            CheckpointError: it holds no policy, or one that cannot be built.
+        """
         table = (checkpoint.architecture.get("recipe") or {}).get("policy")
         if table is None:
             raise CheckpointError(
@@ -219,11 +230,9 @@ class FlowPolicy(nn.Module):
                 f"read it with fmft_fast.train.load_model"
             )
         try:
-            policy = cls(PolicyConfig.from_dict(table))
+            return cls(PolicyConfig.from_dict(table))
         except (FmftError, TypeError) as error:
             raise CheckpointError(f"{path}: cannot build the policy {table!r} ({error})") from error
-        policy = policy.to(getattr(torch, checkpoint.config.get("dtype", "float32")))
-        return cls.of(as_saved(policy, checkpoint, path)).eval()
 
 
 def _read_saved(folder: Path) -> Checkpoint:

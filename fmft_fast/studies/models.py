@@ -96,12 +96,12 @@ def finetune(
     """
     problem = find_task(task)
     config = make_config("finetune", problem, [{"device": "cpu", **settings}])
-    data = problem.make_data(config.seed)
+    data = problem.make_data(config.seed, field)
     return MLEFineTuner(
         field,
-        data.train,
+        data.train_rows,
         config=config,
-        heldout=data.heldout,
+        heldout=data.heldout_rows,
         evaluate=evaluate,
         progress=False,
     ).run()

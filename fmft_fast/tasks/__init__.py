@@ -1,6 +1,16 @@
 """Tasks: one file each with data, field, measures, settings and figures."""
 
-from fmft_fast.tasks import digits, toy_gmm
+from fmft_fast.tasks import digits, pusht, toy_gmm
 from fmft_fast.tasks.base import STEPS, TASKS, Task, TaskData, find_task, register
 
-__all__ = ["STEPS", "TASKS", "Task", "TaskData", "digits", "find_task", "register", "toy_gmm"]
+__all__ = [
+    "STEPS",
+    "TASKS",
+    "Task",
+    "TaskData",
+    "digits",
+    "find_task",
+    "pusht",
+    "register",
+    "toy_gmm",
+]

@@ -9,38 +9,83 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from fmft_fast.errors import InputError
+from fmft_fast.errors import ConfigError, InputError
+from fmft_fast.train import Checkpoint, FitConfig
+from fmft_fast.train.config import Settings
+from fmft_fast.train.trainer import Evaluate
 
 STEPS = (1, 2, 5, 10, 100)
+Rows = Tensor | tuple[Tensor, Tensor]
 Results = dict[int, dict[str, float]]
 Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The data of a task: `train` [n, *state] and `heldout` [m, *state], which is never trained."""
+    """The data of a task: `train` [n, *state] and `heldout` [m, *state], which is never trained.
+
+    Where the field takes a condition, there is one for each row.
+    """
 
     train: Tensor
     heldout: Tensor
+    train_cond: Tensor | None = None
+    heldout_cond: Tensor | None = None
+
+    @property
+    def train_rows(self) -> Rows:
+        """Give x1, or (x1, cond), as trainers take them."""
+        return self.train if self.train_cond is None else (self.train, self.train_cond)
+
+    @property
+    def heldout_rows(self) -> Rows:
+        """Give the same of the rows held out."""
+        return self.heldout if self.heldout_cond is None else (self.heldout, self.heldout_cond)
 
 
 class Task(Protocol):
-    """Data, field, settings, measures and figures of one problem; nothing else knows them."""
+    """Data, field, settings, measures and figures of one problem; nothing else knows them.
+
+    A task with options of its own, such as where its data lie, is registered with their defaults;
+    `configured` gives it with others.
+    """
 
     name: str
     summary: str
+    options: Settings | None = None
+    """Keys that the task takes beside those of training."""
+    steps: Sequence[int] = STEPS
+    """Numbers of Euler steps measured unless others are asked for."""
     pretrain: Mapping[str, Any]
     """Keys of `fmft_fast.train.PretrainConfig` that differ from its defaults."""
     finetune: Mapping[str, Any]
     """Keys of `fmft_fast.train.FinetuneConfig` that differ from its defaults."""
 
-    def make_data(self, seed: int) -> TaskData:
-        """Give the same data for the same seed."""
+    def configured(self, options: Mapping[str, Any]) -> Task:
+        """Give the task with these options instead of its defaults.
+
+        Raises:
+            ConfigError: it takes none of that name, or a value is not understood.
+        """
+        if options:
+            raise ConfigError(f"the task {self.name} takes no options, got {', '.join(options)}")
+        return self
+
+    def make_data(self, seed: int, field: nn.Module | None = None) -> TaskData:
+        """Give the same data for the same seed, in the units of a field that has its own."""
         ...
 
     def make_field(self) -> nn.Module:
         """Make an untrained field, from torch's global random state."""
         ...
+
+    def field_of(self, checkpoint: Checkpoint) -> nn.Module:
+        """Make a field that a checkpoint's weights fit."""
+        return self.make_field()
+
+    def watch(self, config: FitConfig) -> Evaluate | None:
+        """Give what is measured while training besides the held-out error, or nothing."""
+        return None
 
     def evaluate(self, field: nn.Module, steps: Sequence[int] = STEPS, *, seed: int = 0) -> Results:
         """Measure samples of Euler solves with each number of steps; lower is better unless named.

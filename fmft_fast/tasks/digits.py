@@ -14,7 +14,7 @@ from fmft_fast.analysis import metrics, plots
 from fmft_fast.errors import MissingDependencyError
 from fmft_fast.fields import MLP
 from fmft_fast.flow import integrate, sample
-from fmft_fast.tasks.base import STEPS, Records, Results, TaskData, register
+from fmft_fast.tasks.base import STEPS, Records, Results, Task, TaskData, register
 
 HELDOUT, CLASSES, PROJECTIONS = 500, 10, 256
 TITLES = {
@@ -29,7 +29,7 @@ TITLES = {
 }
 
 
-class Digits:
+class Digits(Task):
     """1,797 images, scaled to [-1, 1]: 1,297 for training and always the same 500 held out.
 
     A small classifier, fitted to the training images and their labels, gives the features of
@@ -51,7 +51,7 @@ class Digits:
         "fm_weight": 0.1,
     }
 
-    def make_data(self, seed: int) -> TaskData:
+    def make_data(self, seed: int, field: nn.Module | None = None) -> TaskData:
         """Give the images [n, 64]; the split does not depend on the seed."""
         images, _ = _load()
         return TaskData(images[:-HELDOUT], images[-HELDOUT:])

@@ -15,7 +15,7 @@ from fmft_fast.analysis import metrics, plots
 from fmft_fast.fields import MLP
 from fmft_fast.flow import GaussianMixture, Pairs, make_coupling, sample
 from fmft_fast.solvers import solve
-from fmft_fast.tasks.base import STEPS, Records, Results, TaskData, register
+from fmft_fast.tasks.base import STEPS, Records, Results, Task, TaskData, register
 
 RADIUS, SIGMA, MODES = 2.0, 0.1, 5
 TRAIN_ROWS = 100_000
@@ -31,7 +31,7 @@ TITLES = {
 }
 
 
-class ToyGMM:
+class ToyGMM(Task):
     """Five Gaussians of standard deviation 0.1 on a circle of radius 2 (std 1.42 per axis).
 
     A sample is off the modes when it lies beyond 3 sigma of every centre: true share .011.
@@ -70,7 +70,7 @@ class ToyGMM:
             mode = torch.randperm(n, generator=generator) % MODES
         return self.mixture.sample(n, generator, component=mode)
 
-    def make_data(self, seed: int) -> TaskData:
+    def make_data(self, seed: int, field: nn.Module | None = None) -> TaskData:
         """Draw 100,000 training and 20,000 held-out points."""
         return TaskData(self.draw(TRAIN_ROWS, 10 * seed), self.draw(ROWS, 10 * seed + 1))
 

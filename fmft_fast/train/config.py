@@ -120,6 +120,9 @@ class PretrainConfig(FitConfig):
     coupling: str = key("ot-minibatch", PAIRED)
     coupling_options: dict = key({}, "options of the coupling")
     sigma: float = key(0.0, "standard deviation of the probability path around its mean", low=0)
+    time_power: float = key(
+        1.0, "p of the times' density p (1 - t)^(p - 1); above 1 favours early times", above=0
+    )
     holdout: float = key(0.1, "share of the data never trained on", low=0, high=0.9)
 
 
@@ -151,6 +154,7 @@ class FinetuneConfig(FitConfig):
     )
     fm_weight: float = key(0.0, "weight of the flow-matching loss mixed in", low=0)
     sigma: float = key(0.0, "standard deviation of the path in the mixed-in loss", low=0)
+    time_power: float = key(1.0, "p of its times' density p (1 - t)^(p - 1)", above=0)
     anchor_weight: float = key(
         0.0, "weight of half the squared distance to the weights at the start", low=0
     )

@@ -69,10 +69,7 @@ class FlowMatchingTrainer(Trainer[PretrainConfig]):
     def _loss(
         self, model: nn.Module, batch: Batch, random: torch.Generator, *choice: Any
     ) -> Tensor:
-        pairs = Pairs(*batch)
-        return flow_matching_loss(
-            model, pairs.x0, pairs.x1, cond=pairs.cond, path=self._path, generator=random
-        )
+        return self._flow_matching(model, Pairs(*batch), random)
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         """Give the held-out loss, at the same times and noise whenever it is asked."""
@@ -189,10 +186,7 @@ class MLEFineTuner(Trainer[FinetuneConfig]):
         sigma = None if self.config.posterior == "fitted" else 1.0
         loss = reconstruction_loss(phi, pairs.x1, sigma=sigma)
         if self.config.fm_weight > 0:
-            regression = flow_matching_loss(
-                model, pairs.x0, pairs.x1, cond=pairs.cond, path=self._path, generator=random
-            )
-            loss = loss + self.config.fm_weight * regression
+            loss = loss + self.config.fm_weight * self._flow_matching(model, pairs, random)
         if self.config.anchor_weight > 0:
             loss = loss + 0.5 * self.config.anchor_weight * self._square_drift(model)
         return loss

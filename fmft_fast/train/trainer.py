@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fmft_fast.errors import InputError, InputTypeError
-from fmft_fast.flow.couplings import Coupling, make_coupling
+from fmft_fast.flow.couplings import Coupling, Pairs, make_coupling
+from fmft_fast.flow.losses import flow_matching_loss
 from fmft_fast.flow.paths import LinearPath
 from fmft_fast.train.batches import (
     Batch,
@@ -105,6 +106,18 @@ class Trainer(ABC, Generic[ConfigT]):
             progress=self._progress,
             title=self.title,
             choose=self._choose,
+        )
+
+    def _flow_matching(self, model: nn.Module, pairs: Pairs, random: torch.Generator) -> Tensor:
+        """Give the flow-matching loss of a batch at random times."""
+        return flow_matching_loss(
+            model,
+            pairs.x0,
+            pairs.x1,
+            cond=pairs.cond,
+            path=self._path,
+            time_power=self.config.time_power,
+            generator=random,
         )
 
     # What the host decides before a step; nothing, unless a trainer says otherwise.

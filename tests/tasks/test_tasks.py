@@ -25,7 +25,7 @@ def small_samples(monkeypatch):
         cached.cache_clear()
 
 
-@pytest.fixture(params=sorted(TASKS))
+@pytest.fixture(params=sorted(name for name in TASKS if TASKS[name].options is None))
 def task(request) -> Task:
     if request.param == "digits":
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
@@ -46,7 +46,7 @@ class Perfect(nn.Module):
 def test_registry_refuses_duplicates_and_lists_what_it_knows():
     with pytest.raises(InputError, match="'toy-gmm' is registered already"):
         register(toy_gmm.ToyGMM())
-    with pytest.raises(InputError, match="'toy'.*digits, toy-gmm"):
+    with pytest.raises(InputError, match="'toy'.*digits, .*toy-gmm"):
         find_task("toy")
 
 
