@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from fmft_fast.info import info_text, package_info
 from fmft_fast.studies import STUDIES, find_study
 from fmft_fast.studies.run import run as run_cells
 from fmft_fast.tasks import STEPS, TASKS, Task, find_task
+from fmft_fast.tasks.robot import data_variable
 from fmft_fast.train.config import as_typed, parse_overrides, read_toml
 from fmft_fast.version import __version__
 
@@ -127,6 +129,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder (default runs/studies/NAME)")
     sub.add_argument("--resume", action="store_true", help="go on with what that folder holds")
     sub.add_argument("--seeds", type=_seeds, default=(0, 1, 2), help="default 0,1,2")
+    text = "demonstrations of a robot task; may be given for several"
+    sub.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help=text)
     sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     sub.add_argument("--quick", action="store_true", help="smallest sizes, to try it out")
     sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
@@ -350,6 +354,10 @@ def run_study(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
         print("\n".join(f"{name:<{width}}  {s.question}" for name, s in STUDIES.items()))
         return 0
     study = find_study(known.study)
+    for given in known.data:
+        # The processes that measure inherit the environment.
+        task, _, path = given.partition("=")
+        os.environ[data_variable(task)] = path
     place = _place(known, f"studies/{study.name}{'-quick' if known.quick else ''}")
     run_cells(study, place, seeds=known.seeds, workers=known.workers, quick=known.quick)
     return 0

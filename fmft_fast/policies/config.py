@@ -30,8 +30,8 @@ class PolicyConfig:
         n_action: actions executed before the next decision.
         horizon: actions predicted, at least n_obs - 1 + n_action.
         network: "mlp", "unet" or "transformer".
-        network_options: keyword arguments of `fmft_fast.fields.ConditionalMLP`, `ConditionalUnet1d` or
-            `ActionTransformer`, beside the sizes, which follow from the above.
+        network_options: keyword arguments of `fmft_fast.fields.ConditionalMLP`,
+            `ConditionalUnet1d` or `ActionTransformer`, beside the sizes, which follow.
 
     Raises:
         ConfigError: a size is below its minimum or too small for the others, or the network or one

@@ -26,13 +26,14 @@ class PushTTask(RobotTask):
     environment, measure = "pusht", "score"
     arrays = ("state", "keypoint", "action")
     pretrain: Mapping[str, Any] = {
-        "steps": 8000,
+        "steps": 9000,
         "batch_size": 256,
-        "lr": 1e-3,
+        "lr": 2e-3,
         "warmup": 200,
+        "time_power": 2.0,
         "ema_decay": 0.999,
         "coupling": "independent",
-        "eval_every": 500,
+        "eval_every": 1000,
     }
     finetune: Mapping[str, Any] = {
         "steps": 1500,

@@ -19,7 +19,7 @@ from fmft_fast.envs import evaluate_policy, summarise
 from fmft_fast.errors import ConfigError
 from fmft_fast.policies import FlowPolicy, PolicyConfig
 from fmft_fast.policies.config import NETWORKS
-from fmft_fast.tasks.base import Records, Results, Task, TaskData
+from fmft_fast.tasks.base import TASKS, Records, Results, Task, TaskData
 from fmft_fast.train import Checkpoint, FinetuneConfig, FitConfig
 from fmft_fast.train.config import Settings, key
 from fmft_fast.train.trainer import Evaluate
@@ -54,6 +54,18 @@ class RobotOptions(Settings):
     watch_steps: tuple[int, ...] = key((1,), "numbers of Euler steps of these roll-outs", low=1)
 
 
+def data_variable(task: str) -> str:
+    """Name the environment variable that tells where the demonstrations of a task lie.
+
+    Raises:
+        ConfigError: it is no robot task.
+    """
+    known = TASKS.get(task)
+    if not isinstance(known, RobotTask):
+        raise ConfigError(f"expected the name of a robot task, got {task!r}; write TASK=PATH")
+    return f"FMFT_{task.upper()}_DATA"
+
+
 class RobotTask(Task):
     """Imitate demonstrations; measured by roll-outs in a simulator.
 
@@ -85,11 +97,6 @@ class RobotTask(Task):
         """Give observations [steps, obs_dim] and actions [steps, action_dim] of episodes."""
         raise NotImplementedError
 
-    @property
-    def variable(self) -> str:
-        """Name the environment variable that tells where the demonstrations lie."""
-        return f"FMFT_{self.name.upper()}_DATA"
-
     def demonstrations(self) -> Episodes:
         """Read the demonstrations, once.
 
@@ -97,11 +104,12 @@ class RobotTask(Task):
             ConfigError: nobody said where they are.
             InputError: they cannot be read.
         """
-        path = self.options.data or os.environ.get(self.variable)
+        variable = data_variable(self.name)
+        path = self.options.data or os.environ.get(variable)
         if path is None:
             raise ConfigError(
                 f"data: expected the demonstrations of {self.name}, got none; write --data PATH, "
-                f"or set {self.variable}"
+                f"or set {variable}"
             )
         if self._read is None or self._read[0] != path:
             self._read = path, read_episodes(path, arrays=self.arrays)

@@ -1,0 +1,144 @@
+"""What studies of robot policies share: variants of fine-tuning, roll-outs and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fmft_fast.envs import Interval, paired_difference, summarise
+from fmft_fast.report import markdown
+from fmft_fast.studies.base import Rows, Settings
+from fmft_fast.studies.models import Models, Pretrained, finetune, in_ninths
+from fmft_fast.tasks import find_task
+from fmft_fast.tasks.robot import RobotTask
+from fmft_fast.train import FinetuneConfig
+
+# Steps of pre-training, in nine parts of which checkpoints are kept.
+PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
+# Each variant differs from the task's own settings (inversion, direct, one Euler step) by these.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "inversion, N = 1": {},
+    "inversion, N = 1 and 4": {"solver_steps": (1, 4)},
+    "inversion, N = 1, FM mixed in at .1": {"fm_weight": 0.1},
+    "inversion, N = 1, picked by roll-outs": {"select": "best", "metric": "failure"},
+    "condition-aware OT, N = 1": {"coupling": "ot-fixed", "coupling_options": {}},
+    "independent, N = 1": {"coupling": "independent", "coupling_options": {}},
+    "independent, N = 4": {
+        "coupling": "independent",
+        "coupling_options": {},
+        "solver_steps": (4,),
+    },
+    "residual MLP, N = 1": {
+        "mode": "residual-mlp",
+        "residual_options": {"hidden": [256, 256]},
+    },
+    "residual GAV, N = 1": {"mode": "residual"},
+    "joint with GAV, N = 1": {"mode": "residual", "joint": True},
+}
+BEFORE = "pre-trained"
+WATCHED = {"watch_starts": 25, "watch_steps": (1,)}
+SETTINGS = ("steps", "noise", "noise_seed", "start", "length")
+
+
+def robot(name: str, **options: Any) -> RobotTask:
+    """Give a robot task that rolls out in this process."""
+    task = find_task(name).configured({"workers": 0, **options})
+    assert isinstance(task, RobotTask)
+    return task
+
+
+def base_of(settings: Settings) -> Pretrained:
+    """Name the policy that a cell starts from."""
+    return in_ninths(settings["task"], settings["seed"], settings["pretrain_steps"])
+
+
+def tuned(
+    settings: Settings, models: Models, variant: str, *, start: int | None = None
+) -> nn.Module:
+    """Give the policy of a variant, fine-tuned here from the pre-trained one.
+
+    Args:
+        settings: of a cell; `task`, `seed`, `pretrain_steps` and `finetune_steps` are read.
+        models: the pre-trained policies.
+        variant: a name in `VARIANTS`, or "pre-trained".
+        start: steps of pre-training to start from; all by default.
+    """
+    field = models.load(base_of(settings), step=start)
+    if variant == BEFORE:
+        return field
+    changed = VARIANTS[variant]
+    keys = {
+        "seed": settings["seed"],
+        "steps": settings["finetune_steps"],
+        "eval_every": max(1, settings["finetune_steps"] // 5),
+        **changed,
+    }
+    watch = None
+    if changed.get("metric") == "failure":
+        watch = robot(settings["task"], **WATCHED).watch(FinetuneConfig())
+    return finetune(settings["task"], field, keys, evaluate=watch).model
+
+
+def roll_outs(
+    settings: Settings, model: nn.Module, *, steps: Sequence[int], **more: Any
+) -> dict[str, Any]:
+    """Roll a policy out; give its measures as a table of columns, which is short in JSON."""
+    task = robot(settings["task"])
+    rows = task.roll_out(model, steps, starts=settings["starts"], **more)
+    names = [name for name in rows[0] if name not in ("noise_seed", "length")]
+    return {name: [_short(row[name]) for row in rows] for name in names}
+
+
+def _short(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def unpacked(rows: Rows, *settings: str) -> list[dict[str, Any]]:
+    """Give a row per roll-out, each with these settings of its cell."""
+    found = []
+    for row in rows:
+        columns = row["roll_outs"]
+        for values in zip(*columns.values(), strict=True):
+            episode = dict(zip(columns, values, strict=True))
+            found.append({name: row[name] for name in settings} | episode)
+    return found
+
+
+def score_table(
+    rows: Rows, measure: str, by: str, heading: str, *, against: Mapping[str, Any] | None = None
+) -> str:
+    """Lay out means over starts and seeds, a line per value of `by`, a column per N.
+
+    Args:
+        rows: of `unpacked`, with `by` among them.
+        measure: which measure of the simulator.
+        by: setting that tells the lines apart.
+        heading: of the first column.
+        against: {column's heading: (value of `by`, its N)}: adds the difference of each line at its
+            smallest N from that, on the same starts.
+    """
+    found = summarise(rows, by=(by, "steps"), measures=(measure,))
+    values = list(dict.fromkeys(key for key, _ in found))
+    steps = sorted({n for _, n in found})
+    header = [heading, *(f"N = {n}" for n in steps), *(against or {})]
+    lines = [header]
+    for value in values:
+        line = [str(value), *(str(found[value, n][measure]) for n in steps)]
+        own = _of(rows, by, value, steps[0])
+        for other, n in (against or {}).values():
+            line.append(
+                signed(paired_difference(own, _of(rows, by, other, n), (measure,))[measure])
+            )
+        lines.append(line)
+    return markdown(lines)
+
+
+def signed(found: Interval) -> str:
+    """Show a difference with its interval."""
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def _of(rows: Rows, by: str, value: Any, n: int) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row[by] == value and row["steps"] == n]
