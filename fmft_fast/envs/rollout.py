@@ -78,6 +78,10 @@ def roll_out(
     """
     if not starts or len(set(starts)) < len(starts):
         raise InputError(f"starts: expected at least one, each once, got {list(starts)}")
+    if min(*starts, noise_seed) < 0:
+        raise InputError(
+            f"expected starts and noise_seed from 0 on, got {min(starts)} and {noise_seed}"
+        )
     if isinstance(environment, str):
         environments = [make_environment(environment) for _ in starts]
         try:

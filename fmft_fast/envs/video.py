@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,18 +54,13 @@ def write_gif(frames: np.ndarray, file: str | Path, fps: float) -> Path:
 
 def write_mp4(frames: np.ndarray, file: str | Path, fps: float) -> Path:
     """Write H.264, which takes even sizes only: an odd row or column at the end is cut off."""
-    try:
-        import imageio_ffmpeg
-    except ImportError as error:
-        raise MissingDependencyError(
-            "mp4 needs the package imageio-ffmpeg, which is not installed; pip install "
-            "imageio-ffmpeg, or write a .gif"
-        ) from error
+    remedy = "pip install imageio-ffmpeg, or write a .gif"
+    ffmpeg = _optional("imageio_ffmpeg", "imageio-ffmpeg", remedy)
     file = _prepare(frames, file, fps)
     height, width = (size - size % 2 for size in frames.shape[1:3])
     if not (height and width):
         raise InputError(f"frames: expected at least 2 x 2 pixels, got {list(frames.shape)}")
-    writer = imageio_ffmpeg.write_frames(str(file), (width, height), fps=fps, macro_block_size=2)
+    writer = ffmpeg.write_frames(str(file), (width, height), fps=fps, macro_block_size=2)
     writer.send(None)
     try:
         for frame in frames:
@@ -163,12 +159,13 @@ def _prepare(frames: np.ndarray, file: str | Path, fps: float) -> Path:
 
 
 def _pillow(module: str) -> Any:
-    import importlib
+    return _optional(f"PIL.{module}", "pillow", "pip install 'fmft-fast[pusht]'")
 
+
+def _optional(module: str, package: str, remedy: str) -> Any:
     try:
-        return importlib.import_module(f"PIL.{module}")
+        return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
-            "pictures need the package pillow, which is not installed; pip install "
-            "'fmft-fast[pusht]'"
+            f"pictures of this kind need the package {package}, which is not installed; {remedy}"
         ) from error

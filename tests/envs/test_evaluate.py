@@ -120,3 +120,10 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     assert child.returncode == 130 and "Traceback" not in error, error
     assert not any(Path(f"/proc/{file.name}").exists() for file in workers)
     assert not list((tmp_path / "drafts").glob("fmft-*"))
+
+
+def test_no_simulator_is_imported_before_it_is_asked_for():
+    packages = {"gym_pusht", "gymnasium", "pygame", "shapely", "mujoco", "robosuite", "PIL"}
+    code = f"import sys, fmft_fast.envs; sys.exit(str({packages} & set(sys.modules) or ''))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stderr.strip() == ""

@@ -124,6 +124,8 @@ def test_instances_given_are_used_and_left_open():
     [
         (Walker(), "line", [], {}, "starts: expected at least one"),
         (Walker(), "line", [1, 1], {}, r"each once, got \[1, 1\]"),
+        (Walker(), "line", [0, -1], {}, "from 0 on, got -1 and 0"),
+        (Walker(), "line", [0], {"noise_seed": -1}, "from 0 on, got 0 and -1"),
         (Walker(obs_dim=3), "line", [0], {}, "obs_dim: expected 2 as line has, got a policy of 3"),
         (Walker(), "lines", [0], {}, "no simulator 'lines'; there are .*line"),
         (Walker(), [Line()], [0, 1], {}, "expected 2 simulators, got 1"),

@@ -29,7 +29,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     for _ in range(300):
         found = summarise(rows(random.beta(2, 1, size=50), steps=1), resamples=500)[1,]["score"]
         hits += found.low <= 2 / 3 <= found.high
-    # At level .95 the standard error of this share is .013; the percentile method is a little short.
+    # At level .95 this share has a standard error of .013; such intervals are a little short.
     assert 0.90 < hits / 300 < 0.98
 
 
