@@ -1,6 +1,6 @@
 """Simulators, roll-outs of policies in them, and what is made of the results."""
 
-from fmft_fast.envs import pusht
+from fmft_fast.envs import kitchen, pusht
 from fmft_fast.envs.base import ENVIRONMENTS, Environment, make_environment, register
 from fmft_fast.envs.evaluate import evaluate_policy
 from fmft_fast.envs.noise import ObservationNoise
@@ -16,6 +16,7 @@ __all__ = [
     "ObservationNoise",
     "contact_sheet",
     "evaluate_policy",
+    "kitchen",
     "make_environment",
     "paired_difference",
     "pusht",
