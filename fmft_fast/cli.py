@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fmft_fast import analyze, commands, demo
+from fmft_fast import analyze, commands, demo, rollouts
 from fmft_fast.commands import SECTIONS, Place
+from fmft_fast.envs import ObservationNoise
+from fmft_fast.envs.kitchen_script import make_demonstrations
 from fmft_fast.errors import ConfigError, FmftError
 from fmft_fast.info import info_text, package_info
 from fmft_fast.studies import STUDIES, find_study
 from fmft_fast.studies.run import run as run_cells
 from fmft_fast.tasks import STEPS, TASKS, Task, find_task
-from fmft_fast.tasks.robot import data_variable
+from fmft_fast.tasks.robot import RobotTask, data_variable
 from fmft_fast.train.config import as_typed, parse_overrides, read_toml
 from fmft_fast.version import __version__
 
@@ -105,10 +107,16 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run_options(sub, "finetune")
     sub = add("evaluate", run_evaluate, "Measure a checkpoint's samples against steps.")
     _add_task(sub)
+    sub.set_defaults(configurable=True)
     sub.add_argument("--checkpoint", required=True, help="run or checkpoint to measure")
-    sub.add_argument("--steps", type=_counts, default=STEPS, help="numbers of Euler steps")
+    sub.add_argument("--steps", type=_counts, help="numbers of Euler steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of noise and fresh data")
     sub.add_argument("--out", type=Path, help="folder for results.json")
+    text = "robot tasks: noise of observations, such as none,gaussian:0.1,salt-pepper:0.05"
+    sub.add_argument("--noise", help=text)
+    text = "robot tasks: film so many starts (default 3)"
+    sub.add_argument("--video", type=_count, nargs="?", const=3, default=0, help=text)
+    sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
     sub = add("analyze", run_analyze, "Compare errors with theory's bound, and measure stiffness.")
     _add_task(sub)
     for name in ("before", "after"):
@@ -133,6 +141,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help=text)
     sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     sub.add_argument("--quick", action="store_true", help="smallest sizes, to try it out")
+    sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
+    sub = add("demonstrate", run_demonstrate, "Write scripted demonstrations of Franka Kitchen.")
+    sub.add_argument("task", metavar="TASK", choices=["kitchen"], help="kitchen")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write, .npz")
+    sub.add_argument("--episodes", type=_count, default=150, help="default 150")
+    sub.add_argument("--seed", type=int, default=0, help="default 0")
+    sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
     sub = add("info", run_info, "Print versions, devices and backends, each with its cure.")
     sub.add_argument("--json", action="store_true", help="as JSON")
@@ -302,9 +317,20 @@ def run_finetune(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def run_evaluate(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft evaluate TASK`."""
+    task, (left,) = commands.configure(find_task(known.task), [overrides])
+    if left:
+        raise ConfigError(f"this command takes no setting {', '.join(left)}; see its --help")
+    steps = known.steps or task.steps
+    if isinstance(task, RobotTask):
+        place = Place(known.out or Path("runs") / task.name / "evaluate", quiet=known.quiet)
+        noises = [ObservationNoise.parse(text) for text in (known.noise or "none").split(",")]
+        options = {"steps": steps, "noises": noises, "video": known.video, "seed": known.seed}
+        rollouts.run(task, known.checkpoint, place, **options)
+        return 0
+    if known.noise is not None or known.video:
+        raise ConfigError(f"--noise and --video are for robot tasks, got {task.name}; drop them")
     place = Place(known.out) if known.out is not None else None
-    task = find_task(known.task)
-    print(commands.evaluate(task, known.checkpoint, known.steps, place, seed=known.seed))
+    print(commands.evaluate(task, known.checkpoint, steps, place, seed=known.seed))
     return 0
 
 
@@ -360,6 +386,23 @@ def run_study(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
         os.environ[data_variable(task)] = path
     place = _place(known, f"studies/{study.name}{'-quick' if known.quick else ''}")
     run_cells(study, place, seeds=known.seeds, workers=known.workers, quick=known.quick)
+    return 0
+
+
+def run_demonstrate(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """`fmft demonstrate kitchen`."""
+    made = make_demonstrations(
+        known.out,
+        known.episodes,
+        seed=known.seed,
+        workers=known.workers,
+        progress=not known.quiet,
+    )
+    if not known.quiet:
+        tasks = (f"{name} {own['done']} of {own['tried']}" for name, own in made["tasks"].items())
+        print(f"{known.out}: {made['episodes']} episodes, {made['steps']} steps, scripted")
+        print(f"done, failed attempts included: {', '.join(tasks)}")
+        print(f"next: fmft pretrain {known.task} --data {known.out}")
     return 0
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fmft_fast"
 LAYERS = (
-    {"cli", "__main__", "analyze", "commands", "demo", "report", "info", "studies"},
+    {"cli", "__main__", "analyze", "commands", "demo", "report", "info", "rollouts", "studies"},
     {"tasks"},
     {"envs"},
     {"policies"},

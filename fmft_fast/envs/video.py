@@ -158,6 +158,15 @@ def _prepare(frames: np.ndarray, file: str | Path, fps: float) -> Path:
     return file
 
 
+def require_pillow() -> None:
+    """See that GIFs and contact sheets can be written, before anything is filmed for them.
+
+    Raises:
+        MissingDependencyError: pillow is not installed.
+    """
+    _pillow("Image")
+
+
 def _pillow(module: str) -> Any:
     return _optional(f"PIL.{module}", "pillow", "pip install 'fmft-fast[pusht]'")
 

@@ -75,7 +75,7 @@ class ConditionalMLP(nn.Module):
         self.leave = nn.Linear(width, dim)
         for linear in self.outer:
             # A block begins as the identity, so that depth costs nothing at the start.
-            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.get_parameter("weight"))
 
     def forward(self, t: Tensor, x: Tensor, cond: Tensor) -> Tensor:
         """Return dx/dt, [batch, dim].

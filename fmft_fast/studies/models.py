@@ -37,8 +37,10 @@ class Pretrained:
         return settings_key({"task": self.task, "seed": self.seed, **self.settings})
 
 
-def in_ninths(task: str, seed: int, steps: int) -> Pretrained:
+def in_ninths(task: str, seed: int, steps: int, **more: Any) -> Pretrained:
     """Want a model with a checkpoint after every ninth of its steps, which are made to divide.
+
+    Further settings are those of `PretrainConfig`.
 
     Example:
         >>> in_ninths("toy-gmm", 0, 3000).settings["steps"]
@@ -46,7 +48,7 @@ def in_ninths(task: str, seed: int, steps: int) -> Pretrained:
     """
     ninth = steps // 9
     often = {"checkpoint_every": ninth, "eval_every": ninth, "keep_last": 9}
-    return Pretrained(task, seed, {"steps": 9 * ninth, **often})
+    return Pretrained(task, seed, {"steps": 9 * ninth, **often, **more})
 
 
 @dataclass(frozen=True)

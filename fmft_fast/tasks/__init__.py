@@ -1,6 +1,6 @@
 """Tasks: one file each with data, field, measures, settings and figures."""
 
-from fmft_fast.tasks import digits, pusht, toy_gmm
+from fmft_fast.tasks import digits, kitchen, pusht, robomimic, toy_gmm
 from fmft_fast.tasks.base import STEPS, TASKS, Task, TaskData, find_task, register
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "TaskData",
     "digits",
     "find_task",
+    "kitchen",
     "pusht",
     "register",
+    "robomimic",
     "toy_gmm",
 ]
