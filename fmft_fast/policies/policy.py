@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from fmft_fast.data import Normalizer
 from fmft_fast.errors import CheckpointError, FmftError, InputError
 from fmft_fast.flow import flow_matching_loss, integrate
 from fmft_fast.policies.config import PolicyConfig, make_network
+from fmft_fast.solvers import find_method, fused
+from fmft_fast.solvers.whole_solve import fusion_mode
 from fmft_fast.train import Checkpoint, load_checkpoint
 from fmft_fast.train.branch import as_saved
 from fmft_fast.train.checkpoint import innermost, recipes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "fmft-policy", 1
+# On a CPU the kernels of whole solves first lay out all weights: for a decision alone, with more
+# than LARGE weights, that takes as long as FEW evaluations (`python -m benchmarks.latency`).
+FEW, LARGE = 8, 250_000
 
 
 class FlowPolicy(nn.Module):
@@ -71,6 +77,7 @@ class FlowPolicy(nn.Module):
                     f"got {size}; fit it to the data of this policy"
                 )
         self.network = make_network(config) if network is None else network
+        self._large = sum(p.numel() for p in self.network.parameters()) > LARGE
         self.cond_dim = config.cond_dim
         if len(config.state) == 1:
             self.dim = config.state[0]
@@ -149,12 +156,20 @@ class FlowPolicy(nn.Module):
         elif noise.shape != shape:
             raise InputError(f"noise: expected {list(shape)}, got {list(noise.shape)}")
         x0 = noise.to(cond).reshape(len(cond), *config.state)
-        x1 = integrate(
-            self.network, x0, steps=steps, method=method, rtol=rtol, atol=atol, cond=cond
-        )
+        with self._route(x0, steps, method):
+            x1 = integrate(
+                self.network, x0, steps=steps, method=method, rtol=rtol, atol=atol, cond=cond
+            )
         sequence = self.action_normalizer.restore(x1.reshape(shape))
         now = config.n_obs - 1
         return {"action": sequence[:, now : now + config.n_action], "action_pred": sequence}
+
+    def _route(self, x0: Tensor, steps: int | None, method: str) -> AbstractContextManager[None]:
+        """Take single steps where the kernels of whole solves would only begin by then."""
+        tableau = find_method(method).tableau
+        few = steps is not None and tableau is not None and steps * tableau.stages < FEW
+        alone = len(x0) == 1 and self._large and x0.device.type == "cpu"
+        return fused("off") if few and alone and fusion_mode() == "auto" else nullcontext()
 
     def _condition(self, obs: Tensor) -> Tensor:
         """Give the network's condition, [n, cond_dim], of observations [n, n_obs, obs_dim]."""
