@@ -40,6 +40,7 @@ from .run import selection
 RESULTS = results.FOLDER / "gpu_check.json"
 BUDGET = 460.0  # seconds in all
 TEST_LIMIT, SANITIZER_LIMIT, PEER_LIMIT = 180.0, 60.0, 60.0
+LATENCY_LIMIT = 45.0
 SANITIZED = ROOT / "tests/ops/test_trajectory_gpu.py"
 TIMED = ("p1", "small", "wide", "policy")
 WIDE = ("wide", "policy")
@@ -105,7 +106,8 @@ def main() -> int:
     if good or options.times_anyway:
         if on_gpu:
             stage("step_ops", step_ops(clock))
-        suite_clock = Clock(clock.limit(options.budget) - on_gpu * len(TOOLS) * SANITIZER_LIMIT)
+        later = LATENCY_LIMIT + on_gpu * len(TOOLS) * SANITIZER_LIMIT
+        suite_clock = Clock(clock.limit(options.budget) - later)
         if on_gpu:
             stage("suite_by_steps", by_steps(options.seconds, suite_clock))
         suite = time_suite(
@@ -117,6 +119,8 @@ def main() -> int:
         stage("clocks_after", machine.clocks())
     for tool in TOOLS if on_gpu else ():
         good = stage(tool, sanitize(tool, clock)) and good
+    if good or options.times_anyway:
+        stage("latency", time_decisions(options.device, clock))
     for name, found in report.items():
         if isinstance(found, dict) and "summary" in found:
             print(f"{name:12}status {found['status']}: {found['summary'][:200]}")
@@ -171,6 +175,27 @@ def by_steps(seconds: float, clock: Clock) -> list[Any]:
         shown = row.reason or f"{1e3 * (row.ms or 0):.1f} us"
         print(f"{row.case:8}{row.operation:10}{'fmft_fast.solve, not fused':38}{shown}", flush=True)
     return [asdict(row) for row in rows]
+
+
+def time_decisions(device: str, clock: Clock) -> dict[str, Any]:
+    """What `benchmarks.latency` has found of policies when it ended or was stopped."""
+    limit = clock.limit(LATENCY_LIMIT)
+    if limit < 5:
+        return {"status": None, "summary": "no time is left"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "latency.json"
+        command = [
+            *(sys.executable, "-m", "benchmarks.latency", "--device", device),
+            *("--calls", "1000", "--seconds", "2", "--output", str(path)),
+        ]
+        found = run_limited(command, limit)
+        print(found["output"][-SHOWN:])
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):  # there is none, or it was stopped while writing
+            pass
+    last = (found["output"].strip().splitlines() or ["it printed nothing"])[-1]
+    return {"status": None, "summary": f"no latencies: {last}"}
 
 
 def time_peer(

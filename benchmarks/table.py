@@ -164,17 +164,17 @@ def short(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def update(text: str, table: str) -> str:
-    """The text with the table between the markers.
+def update(text: str, table: str, first: str = START, last: str = END) -> str:
+    """The text with the table between the two markers.
 
     Raises:
         ValueError: the markers are missing.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+    before, start, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (start and end):
-        raise ValueError(f"expected the markers {START!r} and {END!r}, each on a line of its own")
-    return f"{before}{START}\n\n{table}\n\n{END}{after}"
+        raise ValueError(f"expected the markers {first!r} and {last!r}, each on a line of its own")
+    return f"{before}{first}\n\n{table}\n\n{last}{after}"
 
 
 def main() -> None:
