@@ -1,6 +1,6 @@
 """Simulators, roll-outs of policies in them, and what is made of the results."""
 
-from fmft_fast.envs import kitchen, pusht
+from fmft_fast.envs import kitchen, pusht, robomimic
 from fmft_fast.envs.base import ENVIRONMENTS, Environment, make_environment, register
 from fmft_fast.envs.evaluate import evaluate_policy
 from fmft_fast.envs.noise import ObservationNoise
@@ -21,6 +21,7 @@ __all__ = [
     "paired_difference",
     "pusht",
     "register",
+    "robomimic",
     "roll_out",
     "summarise",
     "write_gif",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol
 
@@ -61,10 +62,10 @@ class Environment(Protocol):
         ...
 
 
-ENVIRONMENTS: dict[str, Callable[[], Environment]] = {}
+ENVIRONMENTS: dict[str, Callable[..., Environment]] = {}
 
 
-def register(name: str, make: Callable[[], Environment]) -> None:
+def register(name: str, make: Callable[..., Environment]) -> None:
     """Make a simulator known under a name.
 
     Worker processes import `fmft_fast.envs` only, so a simulator of your own is known to them if
@@ -72,7 +73,8 @@ def register(name: str, make: Callable[[], Environment]) -> None:
 
     Args:
         name: not yet taken.
-        make: gives a new instance; imports the simulator no earlier than that.
+        make: gives a new instance; imports the simulator no earlier than that. It is called with
+            what follows a colon in the name asked for, and without arguments where there is none.
 
     Raises:
         InputError: another simulator has that name.
@@ -85,8 +87,11 @@ def register(name: str, make: Callable[[], Environment]) -> None:
 def make_environment(name: str) -> Environment:
     """Give a new instance of the simulator of that name.
 
+    Args:
+        name: registered; of simulators for several tasks, a colon and the task may follow.
+
     Raises:
-        InputError: there is none; the message lists those there are.
+        InputError: there is none, or it has no tasks to choose from.
         MissingDependencyError: its package is not installed; the message names the extra.
 
     Example:
@@ -94,6 +99,10 @@ def make_environment(name: str) -> Environment:
         Traceback (most recent call last):
         fmft_fast.errors.InputError: no simulator 'chess'; there are ...
     """
-    if name not in ENVIRONMENTS:
+    registered, _, task = name.partition(":")
+    if registered not in ENVIRONMENTS:
         raise InputError(f"no simulator {name!r}; there are {', '.join(sorted(ENVIRONMENTS))}")
-    return ENVIRONMENTS[name]()
+    make = ENVIRONMENTS[registered]
+    if task and not inspect.signature(make).parameters:
+        raise InputError(f"{registered!r} simulates one task, got {name!r}; write {registered!r}")
+    return make(task) if task else make()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import io
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fmft_fast.envs.base import register
+from fmft_fast.envs.drawing import Canvas
 from fmft_fast.errors import InputError, MissingDependencyError
 
 # The seven of the published evaluation, each with a goal that the simulator checks.
@@ -49,7 +47,8 @@ class Kitchen:
     done, even if its thing moves again.
 
     Args:
-        tasks: those that count, of `TASKS`. Done for good is when all of them are.
+        tasks: those that count, of `TASKS`, also as text with commas, which may follow a colon in
+            `make_environment("kitchen:microwave,kettle")`. Done for good is when all of them are.
 
     Attributes:
         sim: gymnasium-robotics' KitchenEnv, with mujoco's `model` and `data`.
@@ -71,7 +70,8 @@ class Kitchen:
     measures: tuple[str, ...] = ("p1", "p2", "p3", "p4", "tasks")
     frame_rate = 12.5
 
-    def __init__(self, tasks: Sequence[str] = TASKS) -> None:
+    def __init__(self, tasks: Sequence[str] | str = TASKS) -> None:
+        tasks = tasks.split(",") if isinstance(tasks, str) else tasks
         wrong = [task for task in tasks if task not in TASKS or list(tasks).count(task) > 1]
         if wrong or not tasks:
             raise InputError(
@@ -79,7 +79,7 @@ class Kitchen:
                 f"{', '.join(tasks) or 'none'}; leave them out for all"
             )
         self.sim = _simulator()(tasks_to_complete=list(tasks))
-        self._viewer: Any = None
+        self._canvas: Canvas | None = None
         self.reset(0)
 
     def reset(self, start: int) -> np.ndarray:
@@ -110,17 +110,15 @@ class Kitchen:
         Raises:
             MissingDependencyError: the backend does not work here.
         """
-        if self._viewer is None:
-            self._viewer = _make_viewer(self.sim)
-        self._viewer.make_context_current()  # several simulators may draw in turn
-        return np.asarray(self._viewer.render("rgb_array"))
+        if self._canvas is None:
+            self._canvas = Canvas(self.sim.model, self.sim.data, FRAME_SIZE, CAMERA)
+        return self._canvas.draw()
 
     def close(self) -> None:
         """Free the simulator and what draws it."""
-        if self._viewer is not None:
-            self._viewer.make_context_current()
-            self._viewer.close()
-            self._viewer = None
+        if self._canvas is not None:
+            self._canvas.close()
+            self._canvas = None
         self.sim.close()
 
 
@@ -157,29 +155,6 @@ def check_mujoco(version: str) -> None:
             f"Franka Kitchen needs mujoco >=3.1.6 and <3.12, got {version}; "
             f"pip install 'mujoco>=3.1.6,<3.12'"
         )
-
-
-def _make_viewer(sim: Any) -> Any:
-    """Make what draws a simulator into an array."""
-    if sys.platform.startswith("linux"):
-        os.environ.setdefault("MUJOCO_GL", "osmesa")
-    # Smoothed edges, shadows and reflections take 95 % of the time of a picture on a CPU.
-    sim.model.vis.quality.offsamples = 0
-    try:
-        from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
-
-        viewer = OffScreenViewer(sim.model, sim.data, FRAME_SIZE, FRAME_SIZE)
-    except Exception as error:  # each backend fails in its own way, some with AttributeError
-        raise MissingDependencyError(
-            f"drawing with MUJOCO_GL={os.environ.get('MUJOCO_GL')} failed "
-            f"({type(error).__name__}: {error}); install OSMesa and its binding (apt install "
-            f"libosmesa6; pip install pyopengl), or set MUJOCO_GL to egl (GPU) or glfw (screen)"
-        ) from error
-    flags: Any = importlib.import_module("mujoco").mjtRndFlag
-    viewer.scn.flags[flags.mjRND_SHADOW] = viewer.scn.flags[flags.mjRND_REFLECTION] = 0
-    for name, value in CAMERA.items():
-        setattr(viewer.cam, name, value)
-    return viewer
 
 
 register(Kitchen.name, Kitchen)
