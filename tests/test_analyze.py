@@ -23,7 +23,7 @@ class PlaneTask(TinyTask):
     name = "plane"
     mixture = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 0.3)
 
-    def make_data(self, seed):
+    def make_data(self, seed, field=None):
         random = torch.Generator().manual_seed(seed)
         return TaskData(self.mixture.sample(200, random), self.mixture.sample(50, random))
 

@@ -129,7 +129,7 @@ def test_options_of_a_file_are_not_dropped_without_a_word(tiny, capsys):
         (["pretrain", "tiny", "--coupling_options.foo", "1"], "no option 'foo'"),
         (["finetune", "tiny"], "runs/tiny/pretrain does not exist"),
         (["evaluate", "tiny", "--checkpoint", "gone"], "gone does not exist"),
-        (["evaluate", "tiny", "--checkpoint", "gone", "--lr", "1"], "takes no settings, got --lr"),
+        (["evaluate", "tiny", "--checkpoint", "gone", "--lr", "1"], "takes no setting lr"),
         (["demo", "--task", "tiny", "--seed", "1"], "write --seeds 1"),
         (["demo", "--task", "tiny", "--pretrain.seed", "1"], "write --seeds 1"),
         (["demo", "--task", "tinny"], "unknown task 'tinny'"),
@@ -174,7 +174,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_faults_of_ours_have_exit_code_1_and_ask_for_a_report(capsys, monkeypatch):
-    monkeypatch.setattr(TinyTask, "make_data", lambda self, seed: 1 / 0)
+    monkeypatch.setattr(TinyTask, "make_data", lambda self, seed, field=None: 1 / 0)
     assert fmft("pretrain", "tiny") == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 

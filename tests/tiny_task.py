@@ -11,10 +11,10 @@ import torch
 from fmft_fast import cli
 from fmft_fast.fields import MLP
 from fmft_fast.flow import sample
-from fmft_fast.tasks import TaskData, register
+from fmft_fast.tasks import Task, TaskData, register
 
 
-class TinyTask:
+class TinyTask(Task):
     """Two points on a line with a little noise: every command ends within a second."""
 
     name = "tiny"
@@ -28,7 +28,7 @@ class TinyTask:
         "checkpoint_every": 5,
     }
 
-    def make_data(self, seed):
+    def make_data(self, seed, field=None):
         """Give 200 rows for training and 50 held out."""
         random = torch.Generator().manual_seed(seed)
         x = torch.randint(2, (250, 1), generator=random) * 4.0 - 2
@@ -59,7 +59,9 @@ class TinyTask:
         """Write what was given instead of a picture."""
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "given.json").write_text(json.dumps([sorted(results), sorted(history)]))
+        (out_dir / "given.json").write_text(
+            json.dumps([sorted(results or ()), sorted(history or ())])
+        )
         return [out_dir / "given.json"]
 
 
