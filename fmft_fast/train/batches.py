@@ -17,11 +17,12 @@ from fmft_fast.flow.couplings import (
     OTFixed,
     OTSemidiscrete,
     Pairs,
+    Reflow,
 )
 
 Batch = tuple[Tensor, ...]
 # Couplings whose draws never wait for the device; "ot-minibatch" assigns on the host.
-ON_DEVICE = (Independent, Inversion, OTFixed, OTSemidiscrete)
+ON_DEVICE = (Independent, Inversion, OTFixed, OTSemidiscrete, Reflow)
 
 
 class BatchSource(Protocol):

@@ -20,6 +20,8 @@ SMALL = {
     "ot-semidiscrete": {"size": 64, "fit_steps": 50, "fit_batch": 64},
     "inversion": {"steps": 5},
 }
+# All but the one whose x1 are the field's own.
+OF_THE_DATA = sorted(COUPLINGS.keys() - {"reflow"})
 OT_NAMES = ("ot-minibatch", "ot-fixed", "ot-semidiscrete")
 
 
@@ -80,7 +82,7 @@ def test_assignment_without_scipy_and_pot_names_the_extra(monkeypatch):
         optimal_permutation(torch.zeros(3, 1), torch.zeros(3, 1))
 
 
-@pytest.mark.parametrize("name", sorted(COUPLINGS))
+@pytest.mark.parametrize("name", OF_THE_DATA)
 def test_pairs_are_drawn_from_the_data_and_repeat_by_seed(name):
     x1 = torch.randn(80, 2, 3, generator=seeded(1))
     draws = [fitted(name, x1).sample(40, generator=seeded(s)) for s in (7, 7, 8)]
@@ -91,7 +93,7 @@ def test_pairs_are_drawn_from_the_data_and_repeat_by_seed(name):
     assert not torch.equal(draws[0].x0, draws[2].x0)
 
 
-@pytest.mark.parametrize("name", sorted(COUPLINGS))
+@pytest.mark.parametrize("name", OF_THE_DATA)
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "vectors"])
 def test_conditions_stay_with_their_data(name, labels):
     x1 = torch.randn(90, 2, generator=seeded(1))
@@ -190,6 +192,18 @@ def test_inversion_gives_noise_that_the_field_carries_to_the_data():
     torch.testing.assert_close(pairs.x0, pairs.x1 - 2.0)
     with pytest.raises(InputError, match="field=field"):
         make_coupling("inversion").fit(x1)
+
+
+def test_reflow_gives_noise_and_where_the_field_carries_it_for_every_condition():
+    x1, cond = torch.randn(50, 2, generator=seeded()), torch.arange(50)
+    coupling = fitted("reflow", x1, cond, copies=3, batch=7)
+    pairs = coupling.sample(4000, generator=seeded(1))
+    torch.testing.assert_close(pairs.x1, pairs.x0 + 2.0)
+    assert len(pairs.x0.unique(dim=0)) == 150 and len(pairs.cond.unique()) == 50
+    again = coupling.sample(4000, generator=seeded(1))
+    assert torch.equal(again.x0, pairs.x0) and torch.equal(again.cond, pairs.cond)
+    with pytest.raises(InputError, match="field=field"):
+        make_coupling("reflow").fit(x1)
 
 
 def test_independent_pairs_warn_in_proportion_to_what_would_be_lost():
