@@ -212,9 +212,11 @@ def medians(
     figure = _figure(3.8 * width, 3.0 * height + 0.6)
     axes = figure.subplots(height, width, squeeze=False).flatten()
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    styles = dict(zip(labels, SERIES, strict=False))
+    # A second round of the colours is dashed, its markers hollow.
+    rounds = [(*series, dashed) for dashed in (False, True) for series in SERIES]
+    styles = dict(zip(labels, rounds, strict=False))
     if len(styles) < len(labels):
-        raise InputError(f"expected at most {len(SERIES)} lines, got {len(labels)}; draw fewer")
+        raise InputError(f"expected at most {len(rounds)} lines, got {len(labels)}; draw fewer")
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for label, points in lines.items():
             _draw_medians(axis, points, label, *styles[label])
@@ -287,9 +289,19 @@ def _draw_curve(
     axis.grid(alpha=0.25, which="both")
 
 
-def _draw_medians(axis, points: Sequence[tuple[float, ...]], label: str, colour: str, marker: str):
+def _draw_medians(
+    axis,
+    points: Sequence[tuple[float, ...]],
+    label: str,
+    colour: str,
+    marker: str,
+    dashed: bool,
+) -> None:
     x, low, middle, high = zip(*points, strict=True)
-    axis.plot(x, middle, color=colour, marker=marker, markersize=5, linewidth=1.4, label=label)
+    style = {"linestyle": "--", "markerfacecolor": "white"} if dashed else {}
+    axis.plot(
+        x, middle, color=colour, marker=marker, markersize=5, linewidth=1.4, label=label, **style
+    )
     axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -361,7 +373,7 @@ def _set_value_scale(axis, values: Sequence[float], floor: float | None) -> None
         axis.set_yscale("log")
     else:
         top = 1.08 * max(largest, floor or 0)
-        axis.set_ylim((0, top) if smallest >= 0 else None)
+        axis.set_ylim((0, top or 1.0) if smallest >= 0 else None)
 
 
 def _legend_below(figure, axis, *, columns: int) -> None:

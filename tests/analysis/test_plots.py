@@ -109,5 +109,18 @@ def test_medians_are_drawn_with_a_legend_that_fits_and_numbers_that_read(tmp_pat
         assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
     labels = [label.get_text() for axis in figure.axes for label in axis.get_yticklabels()]
     assert "0.1" in labels and not any("10^" in label for label in labels)
-    with pytest.raises(InputError, match="at most 7 lines, got 8; draw fewer"):
-        plots.medians({"": dict.fromkeys("abcdefgh", points)}, tmp_path / "m.png", xlabel="x")
+    with pytest.raises(InputError, match="at most 14 lines, got 15; draw fewer"):
+        many = dict.fromkeys("abcdefghijklmno", points)
+        plots.medians({"": many}, tmp_path / "m.png", xlabel="x")
+
+
+def test_no_two_of_fourteen_lines_look_alike_and_zeros_are_drawn(tmp_path, monkeypatch, recwarn):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure) or file)
+    names = "abcdefghijklmn"
+    panels = {"": dict.fromkeys(names, [(1, 0.0, 0.0, 0.0), (4, 0.0, 0.0, 0.0)])}
+    plots.medians(panels, tmp_path / "m.png", xlabel="N")
+    lines = drawn[0].axes[0].get_lines()
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+    assert [line.get_label() for line in lines] == list(names) and len(looks) == len(names)
+    assert not recwarn.list
