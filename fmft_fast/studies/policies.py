@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from fmft_fast.envs import Interval, paired_difference, summarise
-from fmft_fast.report import markdown
+from fmft_fast.policies import FlowPolicy
+from fmft_fast.report import markdown, settings_key
 from fmft_fast.studies.base import Rows, Settings
 from fmft_fast.studies.models import Models, Pretrained, finetune, in_ninths
 from fmft_fast.tasks import find_task
@@ -17,25 +18,27 @@ from fmft_fast.train import FinetuneConfig
 
 # Steps of pre-training, in nine parts of which checkpoints are kept.
 PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
-# Each variant differs from the task's own settings (inversion, direct, one Euler step) by these.
+# Each variant differs by these from the task's own settings: direct, by reflow, one or four steps.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "inversion, N = 1": {},
-    "inversion, N = 1 and 4": {"solver_steps": (1, 4)},
-    "inversion, N = 1, FM mixed in at .1": {"fm_weight": 0.1},
-    "inversion, N = 1, picked by roll-outs": {"select": "best", "metric": "failure"},
-    "condition-aware OT, N = 1": {"coupling": "ot-fixed", "coupling_options": {}},
-    "independent, N = 1": {"coupling": "independent", "coupling_options": {}},
-    "independent, N = 4": {
-        "coupling": "independent",
-        "coupling_options": {},
-        "solver_steps": (4,),
+    "reflow, N = 1 and 4": {},
+    "reflow, N = 1": {"solver_steps": (1,)},
+    "inversion, N = 1": {"coupling": "inversion", "solver_steps": (1,)},
+    "condition-aware OT, N = 1": {"coupling": "ot-fixed", "solver_steps": (1,)},
+    "independent, N = 1": {"coupling": "independent", "solver_steps": (1,)},
+    "reflow, N = 1, FM mixed in at .1": {"solver_steps": (1,), "fm_weight": 0.1},
+    "inversion, N = 1, picked by roll-outs": {
+        "coupling": "inversion",
+        "solver_steps": (1,),
+        "select": "best",
+        "metric": "failure",
     },
-    "residual MLP, N = 1": {
+    "reflow, N = 1, residual MLP": {
+        "solver_steps": (1,),
         "mode": "residual-mlp",
         "residual_options": {"hidden": [256, 256]},
     },
-    "residual GAV, N = 1": {"mode": "residual"},
-    "joint with GAV, N = 1": {"mode": "residual", "joint": True},
+    "reflow, N = 1, residual GAV": {"solver_steps": (1,), "mode": "residual"},
+    "reflow, N = 1, joint with GAV": {"solver_steps": (1,), "mode": "residual", "joint": True},
 }
 BEFORE = "pre-trained"
 WATCHED = {"watch_starts": 25, "watch_steps": (1,)}
@@ -54,31 +57,29 @@ def base_of(settings: Settings) -> Pretrained:
     return in_ninths(settings["task"], settings["seed"], settings["pretrain_steps"])
 
 
-def tuned(
-    settings: Settings, models: Models, variant: str, *, start: int | None = None
-) -> nn.Module:
-    """Give the policy of a variant, fine-tuned here from the pre-trained one.
+def tuned(settings: Settings, models: Models, variant: str) -> FlowPolicy:
+    """Give the policy of a variant, fine-tuned from the pre-trained one unless it was before.
 
     Args:
         settings: of a cell; `task`, `seed`, `pretrain_steps` and `finetune_steps` are read.
-        models: the pre-trained policies.
+        models: the pre-trained policies; fine-tuned ones are kept beside them.
         variant: a name in `VARIANTS`, or "pre-trained".
-        start: steps of pre-training to start from; all by default.
     """
-    field = models.load(base_of(settings), step=start)
+    field = models.load(base_of(settings))
     if variant == BEFORE:
-        return field
+        return FlowPolicy.of(field)
     changed = VARIANTS[variant]
-    keys = {
-        "seed": settings["seed"],
-        "steps": settings["finetune_steps"],
-        "eval_every": max(1, settings["finetune_steps"] // 5),
-        **changed,
-    }
-    watch = None
-    if changed.get("metric") == "failure":
-        watch = robot(settings["task"], **WATCHED).watch(FinetuneConfig())
-    return finetune(settings["task"], field, keys, evaluate=watch).model
+    steps = settings["finetune_steps"]
+    keys = {"seed": settings["seed"], "steps": steps, "eval_every": max(1, steps // 4), **changed}
+    kept = models.folder / settings_key({"base": base_of(settings).name, **keys})
+    if not kept.exists():
+        watch = None
+        if changed.get("metric") == "failure":
+            watch = robot(settings["task"], **WATCHED).watch(FinetuneConfig())
+        policy = FlowPolicy.of(finetune(settings["task"], field, keys, evaluate=watch).model)
+        draft = kept.with_name(f".draft-{kept.name}")
+        policy.save_pretrained(draft).replace(kept)
+    return FlowPolicy.from_pretrained(kept)
 
 
 def roll_outs(
@@ -112,7 +113,7 @@ def score_table(
     """Lay out means over starts and seeds, a line per value of `by`, a column per N.
 
     Args:
-        rows: of `unpacked`, with `by` among them.
+        rows: of `unpacked`, with `by` and `seed` among them.
         measure: which measure of the simulator.
         by: setting that tells the lines apart.
         heading: of the first column.
@@ -122,10 +123,11 @@ def score_table(
     found = summarise(rows, by=(by, "steps"), measures=(measure,))
     values = list(dict.fromkeys(key for key, _ in found))
     steps = sorted({n for _, n in found})
-    header = [heading, *(f"N = {n}" for n in steps), *(against or {})]
+    header = [heading, "seeds", *(f"N = {n}" for n in steps), *(against or {})]
     lines = [header]
     for value in values:
-        line = [str(value), *(str(found[value, n][measure]) for n in steps)]
+        seeds = {row["seed"] for row in rows if row[by] == value}
+        line = [str(value), str(len(seeds)), *(str(found[value, n][measure]) for n in steps)]
         own = _of(rows, by, value, steps[0])
         for other, n in (against or {}).values():
             line.append(

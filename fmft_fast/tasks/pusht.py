@@ -35,13 +35,12 @@ class PushTTask(RobotTask):
         "eval_every": 1000,
     }
     finetune: Mapping[str, Any] = {
-        "steps": 1500,
+        "steps": 1200,
         "batch_size": 256,
-        "lr": 3e-4,
+        "lr": 5e-4,
         "ema_decay": 0.99,
-        "coupling": "inversion",
-        "coupling_options": {"steps": 16},
-        "solver_steps": (1,),
+        "coupling": "reflow",
+        "solver_steps": (1, 4),
         "select": "last",
     }
 
