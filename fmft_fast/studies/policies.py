@@ -22,12 +22,17 @@ PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
 VARIANTS: dict[str, dict[str, Any]] = {
     "reflow, N = 1 and 4": {},
     "reflow, N = 1": {"solver_steps": (1,)},
-    "inversion, N = 1": {"coupling": "inversion", "solver_steps": (1,)},
+    "inversion, N = 1": {
+        "coupling": "inversion",
+        "coupling_options": {"steps": 8},
+        "solver_steps": (1,),
+    },
     "condition-aware OT, N = 1": {"coupling": "ot-fixed", "solver_steps": (1,)},
     "independent, N = 1": {"coupling": "independent", "solver_steps": (1,)},
     "reflow, N = 1, FM mixed in at .1": {"solver_steps": (1,), "fm_weight": 0.1},
     "inversion, N = 1, picked by roll-outs": {
         "coupling": "inversion",
+        "coupling_options": {"steps": 8},
         "solver_steps": (1,),
         "select": "best",
         "metric": "failure",
