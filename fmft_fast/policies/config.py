@@ -62,6 +62,8 @@ class PolicyConfig:
                 f"horizon: expected at least n_obs - 1 + n_action = {needed}, got {self.horizon}; "
                 f"raise it, or execute fewer actions"
             )
+        if not isinstance(self.network_options, Mapping):
+            raise ConfigError(f"network_options: expected a table, got {self.network_options!r}")
         if self.network not in NETWORKS:
             raise unknown_key(self.network, list(NETWORKS), "a network")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class RecedingHorizon:
         self._seen.clear()
         self._planned.clear()
 
-    def act(self, obs: Tensor) -> Tensor:
+    def act(self, obs: Tensor | np.ndarray) -> Tensor:
         """Take the newest observation [obs_dim] and give the action to execute, [action_dim].
 
         Raises:
@@ -58,6 +59,9 @@ class RecedingHorizon:
         wanted = (self.policy.config.obs_dim,)
         if tuple(obs.shape) != wanted:
             raise InputError(f"obs: expected {list(wanted)}, got {list(obs.shape)}")
+        obs = torch.as_tensor(obs).to(self.policy.obs_normalizer.scale)
+        if not bool(torch.isfinite(obs).all()):
+            raise InputError("obs: holds NaN or infinite values; check the sensor")
         self._seen.extend([obs] if self._seen else [obs] * self.policy.config.n_obs)
         if not self._planned:
             window = torch.stack(tuple(self._seen)).unsqueeze(0)

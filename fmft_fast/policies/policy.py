@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fmft_fast.data import Normalizer
 from fmft_fast.errors import CheckpointError, FmftError, InputError
 from fmft_fast.flow import flow_matching_loss, integrate
-from fmft_fast.policies.config import PolicyConfig, make_network
+from fmft_fast.policies.config import NETWORKS, PolicyConfig, make_network
 from fmft_fast.solvers import find_method, fused
 from fmft_fast.solvers.whole_solve import fusion_mode
 from fmft_fast.train import Checkpoint, load_checkpoint
@@ -199,7 +199,12 @@ class FlowPolicy(nn.Module):
         return cls(*parts, network=model).train(model.training)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json and model.safetensors, the normalisers among the weights."""
+        """Write config.json and model.safetensors, the normalisers among the weights.
+
+        Raises:
+            InputError: its network was built by hand, so that nothing could build it again.
+        """
+        self._check_recipe()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = {
@@ -213,6 +218,20 @@ class FlowPolicy(nn.Module):
         safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return folder
+
+    def _check_recipe(self) -> None:
+        """Refuse what `from_pretrained` would not read."""
+        base = self.of(innermost(self.model))
+        if not isinstance(base.network, NETWORKS[base.config.network][0]):
+            raise InputError(
+                f"expected a network that the config describes, got one of its own, "
+                f"{type(base.network).__name__}; keep its state_dict() instead"
+            )
+        if None in recipes(self.model):
+            raise InputError(
+                "expected residuals built by MLEFineTuner, got a residual that was built by hand; "
+                "keep its state_dict() instead"
+            )
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> FlowPolicy:
@@ -261,6 +280,10 @@ def _read_saved(folder: Path) -> Checkpoint:
             "residuals": content["residuals"],
         }
         dtype = content["dtype"]
+        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}")
+        if not isinstance(content["residuals"], list):
+            raise ValueError(f"residuals is {content['residuals']!r}")
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{folder / CONFIG}: expected {FORMAT} {FORMAT_VERSION}, got something else ({error}); "
