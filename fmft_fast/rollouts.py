@@ -11,7 +11,7 @@ from fmft_fast.analysis import plots
 from fmft_fast.commands import Place
 from fmft_fast.envs import Episode, Interval, ObservationNoise, make_environment, summarise
 from fmft_fast.envs.video import contact_sheet, require_pillow, write_gif
-from fmft_fast.errors import MissingDependencyError
+from fmft_fast.errors import ConfigError, MissingDependencyError
 from fmft_fast.policies import FlowPolicy
 from fmft_fast.report import markdown, write_json
 from fmft_fast.tasks.robot import RobotTask
@@ -48,21 +48,32 @@ def run(
 
     Raises:
         CheckpointError: there is no policy, or it cannot be read.
-        MissingDependencyError: the simulator is not installed.
+        ConfigError: noise or films are wanted, and the simulator is not installed or does not fit.
+
+    Warns:
+        ConfigWarning: it is not, so that actions are compared with those of demonstrations.
     """
     policy = FlowPolicy.from_pretrained(checkpoint)
     if video:
         require_pillow()
-    film = _Film(place.out, make_environment(task.environment).frame_rate if video else 0.0)
-    rows = task.roll_out(
-        policy,
-        steps,
-        seed=seed,
-        observation_noise=noises,
-        record=video,
-        recorded=film.add,
-        progress=not place.quiet,
-    )
+    if video or any(noise.kind != "none" for noise in noises):
+        why = task.why_no_roll_outs(policy)
+        if why is not None:
+            raise ConfigError(f"--noise and --video need roll-outs, got none: {why}; drop them")
+    film = _Film(place.out, _frame_rate(task) if video else 0.0)
+    compared = task.compare_instead(policy, steps, seed=seed)
+    if compared is not None:
+        rows = [{"noise": "none", **row} for row in compared]
+    else:
+        rows = task.roll_out(
+            policy,
+            steps,
+            seed=seed,
+            observation_noise=noises,
+            record=video,
+            recorded=film.add,
+            progress=not place.quiet,
+        )
     found = summarise(rows, by=("noise", "steps"))
     text = table(found)
     content = {
@@ -106,6 +117,12 @@ def draw(found: Found, file: Path) -> Path:
             line = panels.setdefault(name, {}).setdefault(f"noise: {noise}", [])
             line.append((n, one.low, one.mean, one.high))
     return plots.medians(panels, file, xlabel="Euler steps N")
+
+
+def _frame_rate(task: RobotTask) -> float:
+    environment = make_environment(task.simulator())
+    environment.close()
+    return environment.frame_rate
 
 
 class _Film:

@@ -32,6 +32,11 @@ class RobomimicTask(RobotTask):
     pretrain: Mapping[str, Any] = KitchenTask.pretrain
     finetune: Mapping[str, Any] = KitchenTask.finetune
 
+    def simulator(self) -> str:
+        """Name the simulator that the file of demonstrations describes."""
+        path = self.data()
+        return self.environment if path is None else f"{self.environment}:{path}"
+
     def columns(self, episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
         """Give object, hand and gripper states side by side, and the actions."""
         seen = (f"obs/{name}" for name in OBSERVATIONS)

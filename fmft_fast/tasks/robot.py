@@ -21,7 +21,7 @@ from fmft_fast.errors import ConfigError, ConfigWarning, MissingDependencyError
 from fmft_fast.policies import FlowPolicy, PolicyConfig
 from fmft_fast.policies.config import NETWORKS
 from fmft_fast.tasks.base import TASKS, Records, Results, Task, TaskData
-from fmft_fast.train import Checkpoint, FinetuneConfig, FitConfig
+from fmft_fast.train import Checkpoint, FitConfig
 from fmft_fast.train.config import Settings, key
 from fmft_fast.train.trainer import Evaluate
 
@@ -47,12 +47,22 @@ class RobotOptions(Settings):
     )
     heldout_share: float = key(0.05, "share of the episodes that is held out", above=0, high=0.5)
     starts: int = key(50, "initial states of an evaluation", low=1)
-    noise_seeds: tuple[int, ...] = key((0,), "seeds of the policy's noise; each runs all starts")
+    noise_seeds: tuple[int, ...] = key(
+        (0,), "seeds of the policy's noise; each runs all starts", low=0
+    )
     workers: int = key(2, "processes of an evaluation", low=0)
     watch_starts: int = key(
         0, "other initial states, rolled out at every evaluation of a run", low=0
     )
     watch_steps: tuple[int, ...] = key((1,), "numbers of Euler steps of these roll-outs", low=1)
+
+    def __post_init__(self) -> None:
+        """Check every value, before hours of training end in an evaluation that cannot work."""
+        super().__post_init__()
+        for name in ("noise_seeds", "watch_steps"):
+            numbers = getattr(self, name)
+            if len(set(numbers)) < len(numbers):
+                raise ConfigError(f"{name}: expected different numbers, got {list(numbers)}")
 
 
 def data_variable(task: str) -> str:
@@ -98,6 +108,10 @@ class RobotTask(Task):
         """Give observations [steps, obs_dim] and actions [steps, action_dim] of episodes."""
         raise NotImplementedError
 
+    def data(self) -> str | None:
+        """Give the path of the demonstrations, if anybody said where they are."""
+        return self.options.data or os.environ.get(data_variable(self.name))
+
     def demonstrations(self) -> Episodes:
         """Read the demonstrations, once.
 
@@ -105,9 +119,9 @@ class RobotTask(Task):
             ConfigError: nobody said where they are.
             InputError: they cannot be read.
         """
-        variable = data_variable(self.name)
-        path = self.options.data or os.environ.get(variable)
+        path = self.data()
         if path is None:
+            variable = data_variable(self.name)
             raise ConfigError(
                 f"data: expected the demonstrations of {self.name}, got none; write --data PATH, "
                 f"or set {variable}"
@@ -174,19 +188,11 @@ class RobotTask(Task):
     def evaluate(self, field: nn.Module, steps: Sequence[int] = STEPS, *, seed: int = 0) -> Results:
         """Roll out from every start; each measure comes with the ends of its 95 % interval.
 
-        `seed` is added to the seeds of the policy's noise. Where the simulator is not installed,
-        actions are compared with those of held-out demonstrations, with a warning.
+        `seed` is added to the seeds of the policy's noise. Where no roll-outs are possible, actions
+        are compared with those of held-out demonstrations, with a warning.
         """
-        try:
-            make_environment(self.environment).close()
-        except MissingDependencyError as error:
-            warnings.warn(
-                f"no roll-outs: {error}; measuring actions on held-out demonstrations instead",
-                ConfigWarning,
-                stacklevel=2,
-            )
-            rows = self.compare_actions(field, steps, seed=seed)
-        else:
+        rows = self.compare_instead(field, steps, seed=seed)
+        if rows is None:
             rows = self.roll_out(field, steps, seed=seed)
         return {
             n: {
@@ -196,6 +202,40 @@ class RobotTask(Task):
             }
             for (n,), measures in summarise(rows).items()
         }
+
+    def simulator(self) -> str:
+        """Name the simulator that fits the demonstrations."""
+        return self.environment
+
+    def why_no_roll_outs(self, field: nn.Module) -> str | None:
+        """Say why the policy `field` cannot be rolled out here; None if it can."""
+        config = FlowPolicy.of(field).config
+        try:
+            environment = make_environment(self.simulator())
+        except MissingDependencyError as error:
+            return str(error)
+        sizes = environment.obs_dim, environment.action_dim
+        environment.close()
+        if sizes == (config.obs_dim, config.action_dim):
+            return None
+        return (
+            f"{self.simulator()} has {sizes[0]} numbers in an observation and {sizes[1]} in an "
+            f"action, this policy {config.obs_dim} and {config.action_dim}"
+        )
+
+    def compare_instead(
+        self, field: nn.Module, steps: Sequence[int], *, seed: int = 0
+    ) -> list[dict[str, Any]] | None:
+        """Give `compare_actions` with a warning where roll-outs are impossible, else None."""
+        why = self.why_no_roll_outs(field)
+        if why is None:
+            return None
+        warnings.warn(
+            f"no roll-outs: {why}; measuring actions on held-out demonstrations instead",
+            ConfigWarning,
+            stacklevel=3,
+        )
+        return self.compare_actions(field, steps, seed=seed)
 
     def roll_out(
         self,
@@ -211,7 +251,7 @@ class RobotTask(Task):
         settings = {"starts": options.starts, "workers": options.workers, **settings}
         return evaluate_policy(
             FlowPolicy.of(field).eval(),
-            self.environment,
+            self.simulator(),
             steps=steps,
             noise_seeds=tuple(seed + number for number in options.noise_seeds),
             progress=progress,
@@ -250,7 +290,7 @@ class RobotTask(Task):
     def watch(self, config: FitConfig) -> Evaluate | None:
         """Give 1 - the mean measure of roll-outs from starts that no evaluation uses."""
         options = self.options
-        if options.watch_starts == 0 or not isinstance(config, FinetuneConfig):
+        if options.watch_starts == 0:
             return None
         starts = range(FIRST_WATCHED, FIRST_WATCHED + options.watch_starts)
 
