@@ -42,6 +42,7 @@ def test_peers_decide_alike_and_are_timed(eager, name, steps):
     for row in rows.values():
         assert row.reason is None and row.error < 1e-5 and row.calls == 20
         assert row.median_us is not None and 0 < row.least_us <= row.median_us <= row.p99_us
+        assert row.cpu_us is not None and row.cpu_us > 0
 
 
 def test_a_policy_is_the_same_on_every_call_and_all_of_its_weights_matter():
@@ -110,7 +111,8 @@ def test_the_command_writes_results_and_its_table(eager, monkeypatch, tmp_path, 
 
 
 def test_results_of_a_busy_machine_are_marked_as_a_trial():
-    row = {"policy": "mlp", "steps": 1, "peer": latency.OURS, "median_us": 9.0, "p99_us": 10.0}
+    row = {"policy": "mlp", "steps": 1, "peer": latency.OURS, "median_us": 9.0}
+    row |= {"p99_us": 10.0, "cpu_us": 8.0}
     report = {
         "machine": {
             "class": "amd AVX512",
@@ -125,7 +127,8 @@ def test_results_of_a_busy_machine_are_marked_as_a_trial():
     }
     assert "| 9 / 10 |" in latency.readme(report) and "A trial" not in latency.readme(report)
     report["rows"][0]["cores"] = 0.4
-    assert "A trial" in latency.readme(report)
+    text = latency.readme(report)
+    assert "A trial" in text and "us of CPU time" in text and "| 8 |" in text
 
 
 def test_the_gpu_check_keeps_what_was_found_before_the_limit(monkeypatch, tmp_path):
