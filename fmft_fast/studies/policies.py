@@ -18,32 +18,23 @@ from fmft_fast.train import FinetuneConfig
 
 # Steps of pre-training, in nine parts of which checkpoints are kept.
 PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
-# Each variant differs by these from the task's own settings: direct, by reflow, one or four steps.
+# Each variant differs by these from the task's own settings: the first one is nothing else.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "reflow, N = 1 and 4": {},
-    "reflow, N = 1": {"solver_steps": (1,)},
-    "inversion, N = 1": {
-        "coupling": "inversion",
-        "coupling_options": {"steps": 8},
-        "solver_steps": (1,),
-    },
-    "condition-aware OT, N = 1": {"coupling": "ot-fixed", "solver_steps": (1,)},
-    "independent, N = 1": {"coupling": "independent", "solver_steps": (1,)},
-    "reflow, N = 1, FM mixed in at .1": {"solver_steps": (1,), "fm_weight": 0.1},
-    "inversion, N = 1, picked by roll-outs": {
-        "coupling": "inversion",
-        "coupling_options": {"steps": 8},
-        "solver_steps": (1,),
+    "independent, FM mixed in": {},
+    "independent": {"fm_weight": 0.0},
+    "inversion": {"coupling": "inversion", "coupling_options": {"steps": 8}, "fm_weight": 0.0},
+    "reflow": {"coupling": "reflow", "fm_weight": 0.0},
+    "condition-aware OT": {"coupling": "ot-fixed", "fm_weight": 0.0},
+    "reflow, N = 1 and 4": {"coupling": "reflow", "fm_weight": 0.0, "solver_steps": (1, 4)},
+    "reflow, picked by roll-outs": {
+        "coupling": "reflow",
+        "fm_weight": 0.0,
         "select": "best",
         "metric": "failure",
     },
-    "reflow, N = 1, residual MLP": {
-        "solver_steps": (1,),
-        "mode": "residual-mlp",
-        "residual_options": {"hidden": [256, 256]},
-    },
-    "reflow, N = 1, residual GAV": {"solver_steps": (1,), "mode": "residual"},
-    "reflow, N = 1, joint with GAV": {"solver_steps": (1,), "mode": "residual", "joint": True},
+    "residual MLP": {"mode": "residual-mlp", "residual_options": {"hidden": [256, 256]}},
+    "residual GAV": {"mode": "residual"},
+    "joint with GAV": {"mode": "residual", "joint": True},
 }
 BEFORE = "pre-trained"
 WATCHED = {"watch_starts": 25, "watch_steps": (1,)}

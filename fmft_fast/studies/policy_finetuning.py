@@ -22,15 +22,15 @@ from fmft_fast.studies.policies import (
 )
 
 STEPS = (1, 4, 16)
-STARTS, FINETUNE_STEPS = 100, 1200
+STARTS, FINETUNE_STEPS = 100, 3000
 # The others take the first seed only, which shows their direction.
 ON_ALL_SEEDS = (
     BEFORE,
-    "reflow, N = 1 and 4",
-    "reflow, N = 1",
-    "inversion, N = 1",
-    "condition-aware OT, N = 1",
-    "independent, N = 1",
+    "independent, FM mixed in",
+    "independent",
+    "inversion",
+    "reflow",
+    "condition-aware OT",
 )
 
 
@@ -41,7 +41,7 @@ def cells(seeds: Sequence[int], *, quick: bool) -> list[dict[str, Any]]:
         "finetune_steps": 2 if quick else FINETUNE_STEPS,
         "starts": 2 if quick else STARTS,
     }
-    variants = (BEFORE, "inversion, N = 1") if quick else (BEFORE, *VARIANTS)
+    variants = (BEFORE, "reflow") if quick else (BEFORE, *VARIANTS)
     return [
         {"task": "pusht", "variant": variant, "seed": seed, **sizes}
         for variant in variants

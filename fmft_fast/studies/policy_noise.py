@@ -24,12 +24,12 @@ from fmft_fast.studies.policies import (
 # Names of the seeds' texts: pre-trained, fine-tuned, and fine-tuned together with a GAV branch.
 MODELS = {
     "FM": BEFORE,
-    "FT-FM": "reflow, N = 1",
-    "FT-FM (GAV)": "reflow, N = 1, joint with GAV",
+    "FT-FM": "independent, FM mixed in",
+    "FT-FM (GAV)": "joint with GAV",
 }
 LEVELS = {"gaussian": (0.0, 0.02, 0.05, 0.1), "salt-pepper": (0.01, 0.05)}
 STARTS = {"pusht": 50, "kitchen": 10}
-FINETUNE_STEPS = 1200
+FINETUNE_STEPS = 3000
 STEPS = (1,)
 
 

@@ -16,7 +16,7 @@ from fmft_fast.studies.models import Models, Pretrained, finetune
 from fmft_fast.studies.policies import PRETRAIN_STEPS, base_of, robot
 
 POINTS = 4  # measured along a run
-EPISODES, FINETUNE_STEPS = 50, 1200
+EPISODES, FINETUNE_STEPS = 50, 2000
 
 
 def cells(seeds: Sequence[int], *, quick: bool) -> list[dict[str, Any]]:
@@ -53,7 +53,6 @@ def measure(settings: Settings, models_: Models) -> dict[str, Any]:
         "steps": settings["finetune_steps"],
         # At a constant rate one run shows all durations.
         "schedule": "constant",
-        "solver_steps": (1,),
         "eval_every": settings["finetune_steps"] // settings["points"],
     }
     field = models_.load(base_of(settings), step=step)

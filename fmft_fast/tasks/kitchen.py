@@ -27,7 +27,7 @@ class KitchenTask(RobotTask):
 
     name = "kitchen"
     summary = "an arm opens, turns and moves things; needs --data and gymnasium-robotics"
-    environment, measure = "kitchen", "tasks"
+    measure = "tasks"
     pretrain: Mapping[str, Any] = {
         "steps": 9000,
         "batch_size": 256,

@@ -27,7 +27,7 @@ class RobomimicTask(RobotTask):
 
     name = "robomimic"
     summary = "robomimic's low-dimensional demonstrations; needs --data, to roll out also robosuite"
-    environment, measure = "robomimic", "success"
+    measure = "success"
     arrays = (*(f"obs/{name}" for name in OBSERVATIONS), "actions")
     pretrain: Mapping[str, Any] = KitchenTask.pretrain
     finetune: Mapping[str, Any] = KitchenTask.finetune
@@ -36,6 +36,11 @@ class RobomimicTask(RobotTask):
         """Name the simulator that the file of demonstrations describes."""
         path = self.data()
         return self.environment if path is None else f"{self.environment}:{path}"
+
+    @property
+    def environment(self) -> str:
+        """Name the simulator of the file of demonstrations, which says what it was recorded in."""
+        return f"robomimic:{self.source}" if self.source else "robomimic"
 
     def columns(self, episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
         """Give object, hand and gripper states side by side, and the actions."""
