@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fmft_fast.commands import make_config
 from fmft_fast.envs import Interval, paired_difference, summarise
 from fmft_fast.policies import FlowPolicy
 from fmft_fast.report import markdown, settings_key
@@ -20,11 +21,12 @@ from fmft_fast.train import FinetuneConfig
 PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
 # Each variant differs by these from the task's own settings: the first one is nothing else.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "independent, FM mixed in": {},
+    "independent, FM at .1": {},
     "independent": {"fm_weight": 0.0},
     "inversion": {"coupling": "inversion", "coupling_options": {"steps": 8}, "fm_weight": 0.0},
     "reflow": {"coupling": "reflow", "fm_weight": 0.0},
     "condition-aware OT": {"coupling": "ot-fixed", "fm_weight": 0.0},
+    "independent, FM at 1": {"fm_weight": 1.0},
     "reflow, N = 1 and 4": {"coupling": "reflow", "fm_weight": 0.0, "solver_steps": (1, 4)},
     "reflow, picked by roll-outs": {
         "coupling": "reflow",
@@ -67,7 +69,8 @@ def tuned(settings: Settings, models: Models, variant: str) -> FlowPolicy:
     changed = VARIANTS[variant]
     steps = settings["finetune_steps"]
     keys = {"seed": settings["seed"], "steps": steps, "eval_every": max(1, steps // 4), **changed}
-    kept = models.folder / settings_key({"base": base_of(settings).name, **keys})
+    config = make_config("finetune", find_task(settings["task"]), [keys]).to_dict()
+    kept = models.folder / settings_key({"base": base_of(settings).name, **config})
     if not kept.exists():
         watch = None
         if changed.get("metric") == "failure":

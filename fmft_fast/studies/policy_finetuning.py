@@ -26,7 +26,7 @@ STARTS, FINETUNE_STEPS = 100, 3000
 # The others take the first seed only, which shows their direction.
 ON_ALL_SEEDS = (
     BEFORE,
-    "independent, FM mixed in",
+    "independent, FM at .1",
     "independent",
     "inversion",
     "reflow",

@@ -44,7 +44,7 @@ class PushTTask(RobotTask):
         "ema_decay": 0.999,
         "coupling": "independent",
         "solver_steps": (1,),
-        "fm_weight": 1.0,
+        "fm_weight": 0.1,
         "time_power": 2.0,
         "select": "last",
     }
