@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fmft_fast.analysis import ErrorBound, Stiffness, error_bound, exact_path, stiffness
 from fmft_fast.commands import Place, load_field, on_cpu
-from fmft_fast.errors import InputError, MissingDependencyError
+from fmft_fast.errors import MissingDependencyError
 from fmft_fast.flow import integrate, sample
 from fmft_fast.report import write_json
 from fmft_fast.tasks import Task
@@ -58,14 +58,8 @@ def run(
         seed: of the noise.
 
     Raises:
-        InputError: the task's field takes a condition.
         CheckpointError: a checkpoint cannot be read or is another task's.
     """
-    if task.options is not None:
-        raise InputError(
-            f"expected a task whose field takes no condition, got {task.name}; call "
-            f"fmft_fast.analysis.error_bound with a field that has one bound"
-        )
     fields, settings = {}, {}
     for name, path in (("before", before), ("after", after)):
         field, checkpoint = load_field(task, path)

@@ -79,7 +79,3 @@ def test_mistakes_are_explained(capsys):
     with pytest.raises(SystemExit):
         cli.main([*words, "--samples", "1,2"])
     assert "expected one number" in capsys.readouterr().err
-    assert cli.main(["analyze", "pusht", "--before", "a", "--after", "b"]) == 2
-    assert "takes no condition, got pusht" in capsys.readouterr().err
-    assert cli.main(["demo", "--task", "pusht"]) == 2
-    assert "need no data, got pusht" in capsys.readouterr().err
