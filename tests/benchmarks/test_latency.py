@@ -110,6 +110,17 @@ def test_the_command_writes_results_and_its_table(eager, monkeypatch, tmp_path, 
     )
 
 
+def test_the_committed_results_are_right_and_of_a_quiet_machine():
+    path = latency.results.FOLDER / "latency-cpu.json"
+    if not path.exists():
+        pytest.skip("a source distribution has no results")
+    report = json.loads(path.read_text())
+    assert not latency.is_busy(report)
+    for row in report["rows"]:
+        assert row.get("error", 0) < 1e-5
+        assert "reason" not in row or row["reason"].startswith("not applicable")
+
+
 def test_results_of_a_busy_machine_are_marked_as_a_trial():
     row = {"policy": "mlp", "steps": 1, "peer": latency.OURS, "median_us": 9.0}
     row |= {"p99_us": 10.0, "cpu_us": 8.0}
