@@ -118,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--video", type=_count, nargs="?", const=3, default=0, help=text)
     sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
     sub = add("analyze", run_analyze, "Compare errors with theory's bound, and measure stiffness.")
-    _add_task(sub)
+    sub.add_argument("task", metavar="TASK", help=f"one of {', '.join(_free_tasks())}")
     for name in ("before", "after"):
         text = f"run or checkpoint {name} fine-tuning"
         sub.add_argument(f"--{name}", required=True, metavar="CHECKPOINT", help=text)
@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder (default runs/TASK/analysis)")
     sub.add_argument("--quiet", action="store_true", help="show nothing but errors")
     sub = add("demo", run_demo, "Show the gap and how fine-tuning closes it, on several seeds.")
-    sub.add_argument("--task", help=f"one of {', '.join(TASKS)} (default toy-gmm)")
+    sub.add_argument("--task", help=f"one of {', '.join(_free_tasks())} (default toy-gmm)")
     sub.add_argument("--seeds", type=_seeds, help="different numbers (default 0,1,2)")
     sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     _add_run_options(sub, *SECTIONS)
@@ -165,6 +165,22 @@ def _add_task(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group(f"options of {', '.join(tasks)}")
         for item in dataclasses.fields(kind):
             _add_setting(group, item, [f"--{item.name}"])
+
+
+def _free_tasks() -> list[str]:
+    """Name the tasks that need no data or simulator from elsewhere."""
+    return [name for name, task in TASKS.items() if not isinstance(task, RobotTask)]
+
+
+def _find_free_task(name: str) -> Task:
+    """Give a task for a command that knows nothing of policies."""
+    task = find_task(name)
+    if isinstance(task, RobotTask):
+        raise ConfigError(
+            f"this command is for {', '.join(_free_tasks())}, got {name}; for policies there are "
+            f"fmft evaluate and the studies policy-finetuning, policy-timing and policy-noise"
+        )
+    return task
 
 
 def _add_run_options(sub: argparse.ArgumentParser, *sections: str) -> None:
@@ -229,7 +245,7 @@ def _overrides(known: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
     overrides = parse_overrides([*known.settings, *extra])
     if overrides and not known.configurable:
         raise ConfigError(
-            f"this command takes no settings, got {' '.join(extra)}; see "
+            f"this command takes no settings, got {' '.join([*known.settings, *extra])}; see "
             f"fmft {known.command} --help"
         )
     return overrides
@@ -289,8 +305,13 @@ def _set_up(
 ) -> tuple[Task, list[dict[str, Any]]]:
     """Give the task with its options, and the tables of settings, a later one over an earlier."""
     file, task = _file(known, place), find_task(known.task)
-    files = [] if file is None else [commands.read_run_file(file, task)]
-    return commands.configure(task, [*files, overrides])
+    table = {} if file is None else commands.read_run_file(file, task)
+    below = {}
+    if known.command == "finetune":
+        known.start = known.start or table.get("from") or Path("runs") / task.name / "pretrain"
+        commands.refuse_fixed(task, overrides)
+        below = commands.options_of(known.start, task)
+    return commands.configure(task, [below, table, overrides])
 
 
 def run_pretrain(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
@@ -310,14 +331,16 @@ def run_finetune(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     task, layers = _set_up(known, place, overrides)
     commands.check_overrides(layers[-1], ["finetune"])
     config = commands.make_config("finetune", task, layers)
-    start = known.start or layers[0].get("from") or Path("runs") / task.name / "pretrain"
-    commands.finetune(task, config, place, start=start, steps=known.measure or task.steps)
+    steps = known.measure or task.steps
+    commands.finetune(task, config, place, start=known.start, steps=steps)
     return 0
 
 
 def run_evaluate(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft evaluate TASK`."""
-    task, (left,) = commands.configure(find_task(known.task), [overrides])
+    task = find_task(known.task)
+    commands.refuse_fixed(task, overrides)
+    task, (left,) = commands.configure(task, [overrides])
     if left:
         raise ConfigError(f"this command takes no setting {', '.join(left)}; see its --help")
     steps = known.steps or task.steps
@@ -336,7 +359,7 @@ def run_evaluate(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def run_analyze(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft analyze TASK`."""
-    task = find_task(known.task)
+    task = _find_free_task(known.task)
     place = Place(known.out or Path("runs") / task.name / "analysis", quiet=known.quiet)
     analyze.run(
         task,
@@ -359,7 +382,7 @@ def run_demo(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     place = demo.choose_place(known.out, known.resume, known.quiet)
     file = _file(known, place)
     header = {} if file is None else read_toml(file)
-    known.task = known.task or header.get("task", "toy-gmm")
+    known.task = _find_free_task(known.task or header.get("task", "toy-gmm")).name
     task, layers = _set_up(known, place, overrides)
     demo.run(
         task,
@@ -383,6 +406,8 @@ def run_study(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     for given in known.data:
         # The processes that measure inherit the environment.
         task, _, path = given.partition("=")
+        if not path:
+            raise ConfigError(f"data: expected TASK=PATH, got {given!r}; name task and path")
         os.environ[data_variable(task)] = path
     place = _place(known, f"studies/{study.name}{'-quick' if known.quick else ''}")
     run_cells(study, place, seeds=known.seeds, workers=known.workers, quick=known.quick)

@@ -74,6 +74,33 @@ def configure(task: Task, layers: Sequence[Mapping[str, Any]]) -> tuple[Task, li
     return task.configured(options), rest
 
 
+def options_of(start: str | Path, task: Task) -> dict[str, Any]:
+    """Give the [options] of the run that a fine-tuning starts from, if it is one of this task.
+
+    With them, the same demonstrations are trained on and the same episodes are held out.
+    """
+    start = Path(start)
+    for folder in (start, *start.parents[:2]):  # start may be runs/x/checkpoints/step-000500
+        file = folder / "config.toml"
+        if file.exists():
+            return {OPTIONS: read_run_file(file, task).get(OPTIONS, {})}
+    return {}
+
+
+def refuse_fixed(task: Task, overrides: Mapping[str, Any]) -> None:
+    """Refuse options on the command line that a checkpoint has decided, before they mislead.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    given = {**overrides, **section(overrides, OPTIONS, list(overrides))}
+    for name, value in given.items():
+        if name in task.fixed:
+            raise ConfigError(
+                f"{name}: the checkpoint has its own, got {value!r}; drop it, or pre-train with it"
+            )
+
+
 def make_config(name: str, task: Task, layers: Sequence[Mapping[str, Any]]) -> Any:
     """Lay files and overrides over the task's own settings; a later layer wins.
 

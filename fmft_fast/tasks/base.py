@@ -54,6 +54,8 @@ class Task(Protocol):
     summary: str
     options: Settings | None = None
     """Keys that the task takes beside those of training."""
+    fixed: Sequence[str] = ()
+    """Options that only an untrained field takes: a checkpoint's field has its own."""
     steps: Sequence[int] = STEPS
     """Numbers of Euler steps measured unless others are asked for."""
     pretrain: Mapping[str, Any]

@@ -35,12 +35,7 @@ class RobomimicTask(RobotTask):
     def simulator(self) -> str:
         """Name the simulator that the file of demonstrations describes."""
         path = self.data()
-        return self.environment if path is None else f"{self.environment}:{path}"
-
-    @property
-    def environment(self) -> str:
-        """Name the simulator of the file of demonstrations, which says what it was recorded in."""
-        return f"robomimic:{self.source}" if self.source else "robomimic"
+        return self.name if path is None else f"{self.name}:{path}"
 
     def columns(self, episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
         """Give object, hand and gripper states side by side, and the actions."""

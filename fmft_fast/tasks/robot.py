@@ -84,13 +84,12 @@ class RobotTask(Task):
     from other starts than those of the evaluation, by which the best model can be picked.
 
     Attributes:
-        environment: name of the simulator.
         arrays: arrays to read of the demonstrations.
         measure: which of the simulator's measures counts.
     """
 
+    fixed = ("network", "network_options", "n_obs", "n_action", "horizon", "normalizer")
     steps: Sequence[int] = STEPS
-    environment: str
     arrays: Sequence[str] | None = None
     measure: str
 
@@ -205,7 +204,7 @@ class RobotTask(Task):
 
     def simulator(self) -> str:
         """Name the simulator that fits the demonstrations."""
-        return self.environment
+        return self.name
 
     def why_no_roll_outs(self, field: nn.Module) -> str | None:
         """Say why the policy `field` cannot be rolled out here; None if it can."""
