@@ -35,7 +35,7 @@ FIRST_WATCHED = 10_000  # starts rolled out while training lie apart from those 
 class RobotOptions(Settings):
     """Data, policy and evaluation of a robot task."""
 
-    data: str | None = key(None, "file or folder of demonstrations (default: $FMFT_TASK_DATA)")
+    data: str | None = key(None, "file or folder of demonstrations; else $FMFT_TASK_DATA names it")
     network: str = key("mlp", "network of the policy", choices=tuple(NETWORKS))
     network_options: dict = key({}, "its options, such as hidden = [512, 512]")
     n_obs: int = key(2, "observations that the policy sees", low=1)
