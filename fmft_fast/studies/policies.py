@@ -19,13 +19,14 @@ from fmft_fast.train import FinetuneConfig
 
 # Steps of pre-training, in nine parts of which checkpoints are kept.
 PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
-# Each variant differs by these from the task's own settings: the first one is nothing else.
+# Each variant differs by these from the task's own settings; the first one is the task's own.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "independent, FM at .1": {},
+    "independent, FM at .05, twice as long": {"steps": 6000},
     "independent": {"fm_weight": 0.0},
     "inversion": {"coupling": "inversion", "coupling_options": {"steps": 8}, "fm_weight": 0.0},
     "reflow": {"coupling": "reflow", "fm_weight": 0.0},
     "condition-aware OT": {"coupling": "ot-fixed", "fm_weight": 0.0},
+    "independent, FM at .1": {"fm_weight": 0.1},
     "independent, FM at 1": {"fm_weight": 1.0},
     "reflow, N = 1 and 4": {"coupling": "reflow", "fm_weight": 0.0, "solver_steps": (1, 4)},
     "reflow, picked by roll-outs": {
@@ -39,6 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint with GAV": {"mode": "residual", "joint": True},
 }
 BEFORE = "pre-trained"
+# Not fine-tuned, but pre-trained with times of density 2 (1 - t) instead of uniform ones.
+EARLY = "pre-trained, early times favoured"
 WATCHED = {"watch_starts": 25, "watch_steps": (1,)}
 SETTINGS = ("steps", "noise", "noise_seed", "start", "length")
 
@@ -52,7 +55,8 @@ def robot(name: str, **options: Any) -> RobotTask:
 
 def base_of(settings: Settings) -> Pretrained:
     """Name the policy that a cell starts from."""
-    return in_ninths(settings["task"], settings["seed"], settings["pretrain_steps"])
+    more = {"time_power": 2.0} if settings.get("variant") == EARLY else {}
+    return in_ninths(settings["task"], settings["seed"], settings["pretrain_steps"], **more)
 
 
 def tuned(settings: Settings, models: Models, variant: str) -> FlowPolicy:
@@ -61,10 +65,10 @@ def tuned(settings: Settings, models: Models, variant: str) -> FlowPolicy:
     Args:
         settings: of a cell; `task`, `seed`, `pretrain_steps` and `finetune_steps` are read.
         models: the pre-trained policies; fine-tuned ones are kept beside them.
-        variant: a name in `VARIANTS`, or "pre-trained".
+        variant: a name in `VARIANTS`, `BEFORE` or `EARLY`.
     """
     field = models.load(base_of(settings))
-    if variant == BEFORE:
+    if variant in (BEFORE, EARLY):
         return FlowPolicy.of(field)
     changed = VARIANTS[variant]
     steps = settings["finetune_steps"]

@@ -12,6 +12,7 @@ from fmft_fast.studies.base import Rows, Settings, Study, register
 from fmft_fast.studies.models import Models, Pretrained
 from fmft_fast.studies.policies import (
     BEFORE,
+    EARLY,
     PRETRAIN_STEPS,
     VARIANTS,
     base_of,
@@ -26,11 +27,12 @@ STARTS, FINETUNE_STEPS = 100, 3000
 # The others take the first seed only, which shows their direction.
 ON_ALL_SEEDS = (
     BEFORE,
-    "independent, FM at .1",
+    EARLY,
+    "independent, FM at .05, twice as long",
     "independent",
     "inversion",
     "reflow",
-    "condition-aware OT",
+    "independent, FM at .1",
 )
 
 
@@ -41,7 +43,7 @@ def cells(seeds: Sequence[int], *, quick: bool) -> list[dict[str, Any]]:
         "finetune_steps": 2 if quick else FINETUNE_STEPS,
         "starts": 2 if quick else STARTS,
     }
-    variants = (BEFORE, "reflow") if quick else (BEFORE, *VARIANTS)
+    variants = (BEFORE, "reflow") if quick else (BEFORE, EARLY, *VARIANTS)
     return [
         {"task": "pusht", "variant": variant, "seed": seed, **sizes}
         for variant in variants

@@ -37,14 +37,14 @@ class PushTTask(RobotTask):
     # The human action is nearly decided by what is seen, so that independent pairs lose little; at
     # one step their loss is that of flow matching at t = 0, which keeps many steps good.
     finetune: Mapping[str, Any] = {
-        "steps": 3000,
+        "steps": 6000,
         "batch_size": 256,
         "lr": 2e-3,
         "warmup": 100,
         "ema_decay": 0.999,
         "coupling": "independent",
         "solver_steps": (1,),
-        "fm_weight": 0.1,
+        "fm_weight": 0.05,
         "time_power": 2.0,
         "select": "last",
     }

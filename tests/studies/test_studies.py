@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny_study
+from robot_data import pusht_file
 from tiny_study import TINY
 
 from fmft_fast import cli
@@ -179,7 +180,10 @@ def test_medians_are_taken_over_all_settings_but_those_named():
 
 
 @pytest.mark.parametrize("name", list(STUDIES))
-def test_every_study_runs_at_its_smallest(name):
+def test_every_study_runs_at_its_smallest(name, monkeypatch):
+    if name.startswith("policy-"):
+        pytest.importorskip("gym_pusht", reason="gym-pusht is not installed")
+        monkeypatch.setenv("FMFT_PUSHT_DATA", str(pusht_file(Path("pusht.npz"))))
     content = run(find_study(name), Place(Path("q"), quiet=True), seeds=(0,), workers=0, quick=True)
     assert content["quick"] and Path("q/table.md").exists()
     pictures = list(Path("q").glob("*.png"))
