@@ -99,7 +99,7 @@ def test_the_command_writes_results_and_its_table(eager, monkeypatch, tmp_path, 
     text = latency.readme(report)
     assert text in capsys.readouterr().out
     lines = text.splitlines()
-    assert lines[0] == "| us: median / 99 % | mlp, 1 step | mlp, 2 steps |"
+    assert lines[0].startswith("| us") and lines[0].endswith(" | mlp, 1 step | mlp, 2 steps |")
     assert [line.split(" | ")[0][2:] for line in lines[2 : 2 + len(latency.PEERS)]] == list(
         latency.PEERS
     )
