@@ -19,9 +19,10 @@ from fmft_fast.train import FinetuneConfig
 
 # Steps of pre-training, in nine parts of which checkpoints are kept.
 PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
+LENGTH = "length"  # in units of the study's number of fine-tuning steps
 # Each variant differs by these from the task's own settings; the first one is the task's own.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "independent, FM at .05, twice as long": {"steps": 6000},
+    "independent, FM at .05, twice as long": {LENGTH: 2},
     "independent": {"fm_weight": 0.0},
     "inversion": {"coupling": "inversion", "coupling_options": {"steps": 8}, "fm_weight": 0.0},
     "reflow": {"coupling": "reflow", "fm_weight": 0.0},
@@ -70,8 +71,8 @@ def tuned(settings: Settings, models: Models, variant: str) -> FlowPolicy:
     field = models.load(base_of(settings))
     if variant in (BEFORE, EARLY):
         return FlowPolicy.of(field)
-    changed = VARIANTS[variant]
-    steps = settings["finetune_steps"]
+    changed = dict(VARIANTS[variant])
+    steps = settings["finetune_steps"] * changed.pop(LENGTH, 1)
     keys = {"seed": settings["seed"], "steps": steps, "eval_every": max(1, steps // 4), **changed}
     config = make_config("finetune", find_task(settings["task"]), [keys]).to_dict()
     kept = models.folder / settings_key({"base": base_of(settings).name, **config})

@@ -22,6 +22,7 @@ from fmft_fast.errors import ConfigError, FmftError, InputError
 from fmft_fast.studies import STUDIES, Study, find_study, register
 from fmft_fast.studies.estimates import estimate, estimates, table
 from fmft_fast.studies.run import make_cells, rows_of, run
+from fmft_fast.tasks import TASKS, find_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +184,8 @@ def test_medians_are_taken_over_all_settings_but_those_named():
 def test_every_study_runs_at_its_smallest(name, monkeypatch):
     if name.startswith("policy-"):
         pytest.importorskip("gym_pusht", reason="gym-pusht is not installed")
-        monkeypatch.setenv("FMFT_PUSHT_DATA", str(pusht_file(Path("pusht.npz"))))
+        small = {"data": str(pusht_file(Path("pusht.npz"))), "network_options": {"width": 16}}
+        monkeypatch.setitem(TASKS, "pusht", find_task("pusht").configured(small))
     content = run(find_study(name), Place(Path("q"), quiet=True), seeds=(0,), workers=0, quick=True)
     assert content["quick"] and Path("q/table.md").exists()
     pictures = list(Path("q").glob("*.png"))
