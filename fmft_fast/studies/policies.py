@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint with GAV": {"mode": "residual", "joint": True},
 }
 BEFORE = "pre-trained"
-# Not fine-tuned, but pre-trained with times of density 2 (1 - t) instead of uniform ones.
+# Not fine-tuned, but pre-trained as the task is by default; all others with uniform times.
 EARLY = "pre-trained, early times favoured"
 WATCHED = {"watch_starts": 25, "watch_steps": (1,)}
 SETTINGS = ("steps", "noise", "noise_seed", "start", "length")
@@ -56,8 +56,9 @@ def robot(name: str, **options: Any) -> RobotTask:
 
 def base_of(settings: Settings) -> Pretrained:
     """Name the policy that a cell starts from."""
-    more = {"time_power": 2.0} if settings.get("variant") == EARLY else {}
-    return in_ninths(settings["task"], settings["seed"], settings["pretrain_steps"], **more)
+    power = 2.0 if settings.get("variant") == EARLY else 1.0
+    steps = settings["pretrain_steps"]
+    return in_ninths(settings["task"], settings["seed"], steps, time_power=power)
 
 
 def tuned(settings: Settings, models: Models, variant: str) -> FlowPolicy:

@@ -30,6 +30,7 @@ class PushTTask(RobotTask):
         "batch_size": 256,
         "lr": 2e-3,
         "warmup": 200,
+        "time_power": 2.0,
         "ema_decay": 0.999,
         "coupling": "independent",
         "eval_every": 1000,
