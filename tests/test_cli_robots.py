@@ -196,7 +196,7 @@ def test_kitchen_is_demonstrated_learned_and_evaluated(monkeypatch, capsys):
 
 
 def test_the_human_demonstrations_train(short):
-    folder = data_folder("pusht")
+    folder = data_folder("pusht") / "pusht_cchi_v7_replay.zarr"
     assert fmft("pretrain", "pusht", "--data", folder, *POLICY, *TINY, "--out", "human") == 0
     task = find_task("pusht").configured({"data": str(folder)})
     assert len(task.make_data(0).train) > 20_000

@@ -168,8 +168,7 @@ def test_a_saved_policy_comes_back_with_the_same_bits(policy, dtype, tmp_path):
     assert FlowPolicy.from_pretrained(other).config.n_action == 2
 
 
-@pytest.mark.parametrize("mode", ["residual", "residual-mlp"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("mode", "dtype"), [("residual", "float64"), ("residual-mlp", "float32")])
 def test_branches_around_a_policy_are_saved_with_it(mode, dtype, tmp_path):
     base = make()
     policy = tuned(base, mode, out=tmp_path / "run", dtype=dtype)
