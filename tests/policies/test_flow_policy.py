@@ -249,7 +249,7 @@ def test_a_model_without_a_policy_is_refused_with_what_reads_it(tmp_path):
 
 
 def test_what_could_not_be_built_again_is_not_saved(tmp_path):
-    with pytest.raises(InputError, match="a network of its own"):
+    with pytest.raises(InputError, match="got one of its own, Towards"):
         FlowPolicy(PolicyConfig(**SIZES), network=Towards()).save_pretrained(tmp_path / "a")
     by_hand = FlowPolicy.of(Residual(make(), MLP(12, hidden=(4,), cond_dim=10)))
     with pytest.raises(InputError, match="residual that was built by hand"):
