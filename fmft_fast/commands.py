@@ -28,7 +28,7 @@ from fmft_fast.train import (
 )
 from fmft_fast.train.branch import as_saved
 from fmft_fast.train.checkpoint import resolve, versions
-from fmft_fast.train.config import format_toml, merge, read_toml, section, unknown_key
+from fmft_fast.train.config import changes, format_toml, merge, read_toml, section, unknown_key
 
 SECTIONS: dict[str, type[FitConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 TABLES = ("coupling_options", "residual_options", "network_options")
@@ -334,6 +334,14 @@ def begin(
             f"{place.out} already holds a run; continue it with --resume, or name another folder "
             f"with --out"
         )
+    elif task.options is not None:
+        saved = type(task.options).from_dict(read_toml(file).get(OPTIONS, {}))
+        changed = changes(saved.to_dict(), options[OPTIONS], free=task.free)
+        if changed:
+            raise CheckpointError(
+                f"{place.out} was begun with other options ({changed}); resume with the same ones, "
+                f"or begin a new run in another folder"
+            )
     return text
 
 

@@ -93,7 +93,7 @@ def test_a_branch_is_tuned_watched_and_evaluated(short):
     assert results("e")["roll_outs"][0]["score"] == pytest.approx(after["score"])
 
 
-def test_an_interrupted_run_goes_on_with_its_options(short, monkeypatch):
+def test_an_interrupted_run_goes_on_with_its_options(short, monkeypatch, capsys):
     pretrain("--out", "whole", "--seed", "3")
 
     def interrupt(*_, **__):
@@ -102,7 +102,10 @@ def test_an_interrupted_run_goes_on_with_its_options(short, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(robot.RobotTask, "evaluate", interrupt)
         assert pretrain("--out", "part", "--seed", "3") == 130
-    assert fmft("pretrain", "pusht", "--out", "part", "--resume", "--quiet", "--measure", "1") == 0
+    again = ["pretrain", "pusht", "--out", "part", "--resume", "--quiet", "--measure", "1"]
+    assert fmft(*again, "--heldout-share", "0.4") == 2
+    assert "begun with other options (heldout_share was" in capsys.readouterr().err
+    assert fmft(*again) == 0
     assert results("part")["results"] == results("whole")["results"]
     assert read_toml("part/config.toml") == read_toml("whole/config.toml")
 

@@ -56,6 +56,8 @@ class Task(Protocol):
     """Keys that the task takes beside those of training."""
     fixed: Sequence[str] = ()
     """Options that only an untrained field takes: a checkpoint's field has its own."""
+    free: Sequence[str] = ()
+    """Options that a run may change when it is resumed."""
     steps: Sequence[int] = STEPS
     """Numbers of Euler steps measured unless others are asked for."""
     pretrain: Mapping[str, Any]

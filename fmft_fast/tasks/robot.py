@@ -89,6 +89,7 @@ class RobotTask(Task):
     """
 
     fixed = ("network", "network_options", "n_obs", "n_action", "horizon", "normalizer")
+    free = ("starts", "noise_seeds", "workers", "watch_starts", "watch_steps")
     steps: Sequence[int] = STEPS
     arrays: Sequence[str] | None = None
     measure: str
