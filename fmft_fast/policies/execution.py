@@ -26,7 +26,7 @@ class RecedingHorizon:
 
     Example:
         >>> from fmft_fast.policies import PolicyConfig
-        >>> config = PolicyConfig(obs_dim=5, action_dim=2, network_options={"hidden": (16,)})
+        >>> config = PolicyConfig(obs_dim=5, action_dim=2, network_options={"width": 16})
         >>> controller = RecedingHorizon(FlowPolicy(config), steps=1)
         >>> controller.act(torch.zeros(5)).shape
         torch.Size([2])

@@ -51,7 +51,7 @@ class FlowPolicy(nn.Module):
     control.
 
     Example:
-        >>> config = PolicyConfig(obs_dim=5, action_dim=2, network_options={"hidden": (32, 32)})
+        >>> config = PolicyConfig(obs_dim=5, action_dim=2, network_options={"width": 32})
         >>> policy = FlowPolicy(config)
         >>> policy.predict_action({"obs": torch.zeros(3, 2, 5)}, steps=4)["action"].shape
         torch.Size([3, 8, 2])

@@ -37,7 +37,7 @@ class RobotOptions(Settings):
 
     data: str | None = key(None, "file or folder of demonstrations; else $FMFT_TASK_DATA names it")
     network: str = key("mlp", "network of the policy", choices=tuple(NETWORKS))
-    network_options: dict = key({}, "its options, such as hidden = [512, 512]")
+    network_options: dict = key({}, "its options, such as width = 512")
     n_obs: int = key(2, "observations that the policy sees", low=1)
     n_action: int = key(8, "actions executed before the next prediction", low=1)
     horizon: int = key(16, "actions predicted", low=1)
