@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,25 +27,6 @@ class KitchenTask(RobotTask):
     name = "kitchen"
     summary = "an arm opens, turns and moves things; needs --data and gymnasium-robotics"
     measure = "tasks"
-    pretrain: Mapping[str, Any] = {
-        "steps": 9000,
-        "batch_size": 256,
-        "lr": 2e-3,
-        "warmup": 200,
-        "time_power": 2.0,
-        "ema_decay": 0.999,
-        "coupling": "independent",
-        "eval_every": 1000,
-    }
-    finetune: Mapping[str, Any] = {
-        "steps": 1200,
-        "batch_size": 256,
-        "lr": 5e-4,
-        "ema_decay": 0.99,
-        "coupling": "reflow",
-        "solver_steps": (1, 4),
-        "select": "last",
-    }
 
     def columns(self, episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
         """Give observations and actions under whichever names the format has for them."""

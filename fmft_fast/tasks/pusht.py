@@ -25,16 +25,6 @@ class PushTTask(RobotTask):
     summary = "push a T onto its outline, from human demonstrations; needs --data and gym-pusht"
     measure = "score"
     arrays = ("state", "keypoint", "action")
-    pretrain: Mapping[str, Any] = {
-        "steps": 9000,
-        "batch_size": 256,
-        "lr": 2e-3,
-        "warmup": 200,
-        "time_power": 2.0,
-        "ema_decay": 0.999,
-        "coupling": "independent",
-        "eval_every": 1000,
-    }
     # The human action is nearly decided by what is seen, so that independent pairs lose little; at
     # one step their loss is that of flow matching at t = 0, which keeps many steps good.
     finetune: Mapping[str, Any] = {

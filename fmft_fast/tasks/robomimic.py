@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from fmft_fast.data import Episodes
 from fmft_fast.tasks.base import register
-from fmft_fast.tasks.kitchen import KitchenTask
 from fmft_fast.tasks.robot import RobotTask
 
 OBSERVATIONS = ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
@@ -29,8 +25,6 @@ class RobomimicTask(RobotTask):
     summary = "robomimic's low-dimensional demonstrations; needs --data, to roll out also robosuite"
     measure = "success"
     arrays = (*(f"obs/{name}" for name in OBSERVATIONS), "actions")
-    pretrain: Mapping[str, Any] = KitchenTask.pretrain
-    finetune: Mapping[str, Any] = KitchenTask.finetune
 
     def simulator(self) -> str:
         """Name the simulator that the file of demonstrations describes."""

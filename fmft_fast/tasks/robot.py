@@ -91,6 +91,25 @@ class RobotTask(Task):
     fixed = ("network", "network_options", "n_obs", "n_action", "horizon", "normalizer")
     free = ("starts", "noise_seeds", "workers", "watch_starts", "watch_steps")
     steps: Sequence[int] = STEPS
+    pretrain: Mapping[str, Any] = {
+        "steps": 9000,
+        "batch_size": 256,
+        "lr": 2e-3,
+        "warmup": 200,
+        "time_power": 2.0,
+        "ema_decay": 0.999,
+        "coupling": "independent",
+        "eval_every": 1000,
+    }
+    finetune: Mapping[str, Any] = {
+        "steps": 1200,
+        "batch_size": 256,
+        "lr": 5e-4,
+        "ema_decay": 0.99,
+        "coupling": "reflow",
+        "solver_steps": (1, 4),
+        "select": "last",
+    }
     arrays: Sequence[str] | None = None
     measure: str
 
