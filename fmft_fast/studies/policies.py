@@ -20,7 +20,16 @@ from fmft_fast.train import FinetuneConfig
 # Steps of pre-training, in nine parts of which checkpoints are kept.
 PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
 LENGTH = "length"  # in units of the study's number of fine-tuning steps
-# Each variant differs by these from the task's own settings; the first one is the task's own.
+# What the variants have in common, whichever settings a task has of its own.
+COMMON: dict[str, Any] = {
+    "lr": 2e-3,
+    "warmup": 100,
+    "ema_decay": 0.999,
+    "coupling": "independent",
+    "solver_steps": (1,),
+    "fm_weight": 0.05,
+    "time_power": 2.0,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "independent, FM at .05, twice as long": {LENGTH: 2},
     "independent": {"fm_weight": 0.0},
@@ -44,7 +53,6 @@ BEFORE = "pre-trained"
 # Not fine-tuned, but pre-trained as the task is by default; all others with uniform times.
 EARLY = "pre-trained, early times favoured"
 WATCHED = {"watch_starts": 25, "watch_steps": (1,)}
-SETTINGS = ("steps", "noise", "noise_seed", "start", "length")
 
 
 def robot(name: str, **options: Any) -> RobotTask:
@@ -74,7 +82,8 @@ def tuned(settings: Settings, models: Models, variant: str) -> FlowPolicy:
         return FlowPolicy.of(field)
     changed = dict(VARIANTS[variant])
     steps = settings["finetune_steps"] * changed.pop(LENGTH, 1)
-    keys = {"seed": settings["seed"], "steps": steps, "eval_every": max(1, steps // 4), **changed}
+    own = {"seed": settings["seed"], "steps": steps, "eval_every": max(1, steps // 4)}
+    keys = {**COMMON, **own, **changed}
     config = make_config("finetune", find_task(settings["task"]), [keys]).to_dict()
     kept = models.folder / settings_key({"base": base_of(settings).name, **config})
     if not kept.exists():

@@ -21,7 +21,7 @@ from fmft_fast.studies.policies import (
     unpacked,
 )
 
-# Names of the seeds' texts: pre-trained, fine-tuned, and fine-tuned together with a GAV branch.
+# Pre-trained, fine-tuned, and fine-tuned together with a GAV branch.
 MODELS = {
     "FM": BEFORE,
     "FT-FM": "independent, FM at .05, twice as long",
