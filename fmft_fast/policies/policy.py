@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +14,13 @@ from fmft_fast.data import Normalizer
 from fmft_fast.errors import CheckpointError, FmftError, InputError
 from fmft_fast.flow import flow_matching_loss, integrate
 from fmft_fast.policies.config import NETWORKS, PolicyConfig, make_network
+from fmft_fast.policies.saved import CONFIG, read_policy, write_policy
 from fmft_fast.solvers import find_method, fused
 from fmft_fast.solvers.whole_solve import fusion_mode
 from fmft_fast.train import Checkpoint, load_checkpoint
 from fmft_fast.train.branch import as_saved
 from fmft_fast.train.checkpoint import innermost, recipes
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FORMAT, FORMAT_VERSION = "fmft-policy", 1
 # On a CPU the kernels of whole solves first lay out all weights: for a decision alone, with more
 # than LARGE weights, that takes as long as FEW evaluations (`python -m benchmarks.latency`).
 FEW, LARGE = 8, 250_000
@@ -201,23 +198,19 @@ class FlowPolicy(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json and model.safetensors, the normalisers among the weights.
 
+        A policy that the folder holds already is replaced.
+
         Raises:
             InputError: its network was built by hand, so that nothing could build it again.
+            CheckpointError: the disk refused; what the folder held is untouched.
         """
         self._check_recipe()
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+        description = {
             "policy": self.config.to_dict(),
             "residuals": recipes(self.model),
             "dtype": str(self.obs_normalizer.scale.dtype).removeprefix("torch."),
         }
-        weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-        safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return folder
+        return write_policy(Path(folder), description, self.model.state_dict())
 
     def _check_recipe(self) -> None:
         """Refuse what `from_pretrained` would not read."""
@@ -245,7 +238,7 @@ class FlowPolicy(nn.Module):
         """
         path = Path(path)
         saved = path / CONFIG
-        checkpoint = _read_saved(path) if saved.exists() else load_checkpoint(path)
+        checkpoint = read_policy(path) if saved.exists() else load_checkpoint(path)
         policy = cls.like(checkpoint, path)
         policy = policy.to(getattr(torch, checkpoint.config.get("dtype", "float32")))
         return cls.of(as_saved(policy, checkpoint, path)).eval()
@@ -267,35 +260,6 @@ class FlowPolicy(nn.Module):
             return cls(PolicyConfig.from_dict(table))
         except (FmftError, TypeError) as error:
             raise CheckpointError(f"{path}: cannot build the policy {table!r} ({error})") from error
-
-
-def _read_saved(folder: Path) -> Checkpoint:
-    """Read config.json and model.safetensors."""
-    try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"it is {content['format']!r} {content['format_version']!r}")
-        architecture = {
-            "recipe": {"policy": content["policy"]},
-            "residuals": content["residuals"],
-        }
-        dtype = content["dtype"]
-        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}")
-        if not isinstance(content["residuals"], list):
-            raise ValueError(f"residuals is {content['residuals']!r}")
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG}: expected {FORMAT} {FORMAT_VERSION}, got something else ({error}); "
-            f"save the policy again"
-        ) from error
-    try:
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} cannot be read: {error}; save the policy again"
-        ) from error
-    return Checkpoint(0, weights, config={"dtype": dtype}, architecture=architecture)
 
 
 def _entry(batch: Mapping[str, Tensor], name: str) -> Tensor:

@@ -101,7 +101,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        _write_files(draft, checkpoint)
+        _write_checkpoint(draft, checkpoint)
         _swap_in(draft, folder)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -205,6 +205,16 @@ def resolve(path: str | Path) -> Path:
     )
 
 
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by name and wait until they are on the disk."""
+    for name, data in contents.items():
+        with open(folder / name, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync(folder)
+
+
 class CheckpointStore:
     """The checkpoints of one run: `step-NNNNNN` folders and the links `last`, `best`, `final`.
 
@@ -282,7 +292,7 @@ def _spell(tensor: list[Any] | None) -> str:
     return "nothing" if tensor is None else f"{tensor[0]} {tensor[1]}"
 
 
-def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     tensors: dict[str, Tensor] = {}
     state = {
         "format": FORMAT,
@@ -302,12 +312,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     }
     sums = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in contents.items()]
     contents[SUMS] = "".join(sums).encode()
-    for name, data in contents.items():
-        with open(folder / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync(folder)
+    write_files(folder, contents)
 
 
 def _swap_in(draft: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from fmft_fast.data import Normalizer
 from fmft_fast.errors import CheckpointError, ConfigError, InputError
 from fmft_fast.fields import MLP, Residual
 from fmft_fast.policies import FlowPolicy, PolicyConfig
-from fmft_fast.policies.policy import CONFIG, WEIGHTS
+from fmft_fast.policies.saved import CONFIG, DIGEST, WEIGHTS
 from fmft_fast.train import FinetuneConfig, FlowMatchingTrainer, MLEFineTuner, PretrainConfig
 
 NETWORKS = {
@@ -166,6 +167,50 @@ def test_a_saved_policy_comes_back_with_the_same_bits(policy, dtype, tmp_path):
     # A policy may be saved over an earlier one.
     other = make(n_action=2).save_pretrained(tmp_path / "a" / "policy")
     assert FlowPolicy.from_pretrained(other).config.n_action == 2
+
+
+@pytest.mark.parametrize("before", ["now", "by an earlier version"])
+def test_a_save_killed_half_way_is_noticed(before, tmp_path, monkeypatch):
+    policy, folder = make(), make(n_action=2).save_pretrained(tmp_path / "policy")
+    if before != "now":
+        content = json.loads((folder / CONFIG).read_text())
+        del content[DIGEST]
+        (folder / CONFIG).write_text(json.dumps(content))
+    assert FlowPolicy.from_pretrained(folder).config.n_action == 2
+    moved = []
+
+    def killed(source, target, replace=os.replace):
+        moved.append(target)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with torch.no_grad():
+        policy.action_normalizer.offset.add_(1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        policy.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="is not of the same save as config.json"):
+        FlowPolicy.from_pretrained(folder)
+    again = FlowPolicy.from_pretrained(policy.save_pretrained(folder))
+    assert torch.equal(actions(again), actions(policy))
+    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+
+
+def test_a_disk_that_refuses_leaves_the_saved_policy(tmp_path, monkeypatch):
+    policy, folder = make(), make().save_pretrained(tmp_path / "policy")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with torch.no_grad():
+        policy.action_normalizer.offset.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match="No space left on device; what it held is unt"):
+            policy.save_pretrained(folder)
+    assert torch.equal(actions(FlowPolicy.from_pretrained(folder)), actions(make()))
+    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("residual", "float64"), ("residual-mlp", "float32")])
