@@ -23,7 +23,6 @@ from fmft_fast.train import (
     FlowMatchingTrainer,
     MLEFineTuner,
     PretrainConfig,
-    load_checkpoint,
     read_metrics,
 )
 from fmft_fast.train.branch import as_saved
@@ -77,14 +76,18 @@ def configure(task: Task, layers: Sequence[Mapping[str, Any]]) -> tuple[Task, li
 def options_of(start: str | Path, task: Task) -> dict[str, Any]:
     """Give the [options] of the run that a fine-tuning starts from, if it is one of this task.
 
-    With them, the same demonstrations are trained on and the same episodes are held out.
+    With them, the same demonstrations are trained on and the same episodes are held out. A saved
+    policy tells its sizes alone.
     """
     start = Path(start)
     for folder in (start, *start.parents[:2]):  # start may be runs/x/checkpoints/step-000500
         file = folder / "config.toml"
         if file.exists():
             return {OPTIONS: read_run_file(file, task).get(OPTIONS, {})}
-    return {}
+    if not task.fixed:
+        return {}
+    recipe = (task.read(start).architecture.get("recipe") or {}).get("policy", {})
+    return {OPTIONS: {name: recipe[name] for name in task.fixed if name in recipe}}
 
 
 def refuse_fixed(task: Task, overrides: Mapping[str, Any]) -> None:
@@ -166,7 +169,7 @@ def new_field(task: Task, seed: int) -> nn.Module:
 
 def load_field(task: Task, path: str | Path) -> tuple[nn.Module, Checkpoint]:
     """Give the model of a task's checkpoint, the field or a residual around it, in its dtype."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = task.read(path)
     dtype = getattr(torch, checkpoint.config.get("dtype", "float32"))
     with torch.random.fork_rng(devices=[]):
         field = task.field_of(checkpoint)

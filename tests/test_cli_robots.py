@@ -14,6 +14,7 @@ from fmft_fast import cli
 from fmft_fast.envs.kitchen import Kitchen
 from fmft_fast.envs.pusht import PushT
 from fmft_fast.errors import MissingDependencyError
+from fmft_fast.policies import FlowPolicy
 from fmft_fast.tasks import find_task, robot
 from fmft_fast.train import read_metrics
 from fmft_fast.train.config import read_toml
@@ -78,6 +79,17 @@ def test_three_commands_lead_from_demonstrations_to_a_filmed_policy(short, capsy
     videos = {file.name for file in Path("runs/pusht/evaluate/videos").iterdir()}
     assert {"none-n1.png", "gaussian-0.1-n4.png", "none-n1-seed0-start0.gif"} < videos
     assert len(videos) == 8 and not any("start1" in name for name in videos)
+
+
+def test_a_saved_policy_is_tuned_as_the_run_it_comes_from(short):
+    assert pretrain("--n_action", "4", "--horizon", "9") == 0
+    FlowPolicy.from_pretrained("runs/pusht/pretrain").save_pretrained("saved")
+    words = ["--data", "demo.npz", *TINY, *PAIRED]
+    assert fmft("finetune", "pusht", "--from", "saved", *words, "--out", "a") == 0
+    assert fmft("finetune", "pusht", "--from", "runs/pusht/pretrain", *words, "--out", "b") == 0
+    assert results("a")["results"] == results("b")["results"]
+    a, b = (read_toml(f"{run}/config.toml")["options"] for run in "ab")
+    assert a == b and (a["n_action"], a["horizon"]) == (4, 9)
 
 
 def test_a_branch_is_tuned_watched_and_evaluated(short):

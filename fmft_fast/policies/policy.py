@@ -14,10 +14,10 @@ from fmft_fast.data import Normalizer
 from fmft_fast.errors import CheckpointError, FmftError, InputError
 from fmft_fast.flow import flow_matching_loss, integrate
 from fmft_fast.policies.config import NETWORKS, PolicyConfig, make_network
-from fmft_fast.policies.saved import CONFIG, read_policy, write_policy
+from fmft_fast.policies.saved import read_policy, write_policy
 from fmft_fast.solvers import find_method, fused
 from fmft_fast.solvers.whole_solve import fusion_mode
-from fmft_fast.train import Checkpoint, load_checkpoint
+from fmft_fast.train import Checkpoint
 from fmft_fast.train.branch import as_saved
 from fmft_fast.train.checkpoint import innermost, recipes
 
@@ -236,9 +236,7 @@ class FlowPolicy(nn.Module):
         Raises:
             CheckpointError: nothing is there, it is corrupt, or it holds no policy.
         """
-        path = Path(path)
-        saved = path / CONFIG
-        checkpoint = read_policy(path) if saved.exists() else load_checkpoint(path)
+        checkpoint = read_policy(path)
         policy = cls.like(checkpoint, path)
         policy = policy.to(getattr(torch, checkpoint.config.get("dtype", "float32")))
         return cls.of(as_saved(policy, checkpoint, path)).eval()

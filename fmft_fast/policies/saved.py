@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fmft_fast.errors import CheckpointError
-from fmft_fast.train import Checkpoint
+from fmft_fast.train import Checkpoint, load_checkpoint
 from fmft_fast.train.checkpoint import write_files
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -63,12 +63,18 @@ def write_policy(
     return folder
 
 
-def read_policy(folder: Path) -> Checkpoint:
-    """Read what `write_policy` wrote.
+def read_policy(path: str | Path) -> Checkpoint:
+    """Read what `write_policy` wrote, or a training run's folder or checkpoint.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or they are of two different saves.
+        CheckpointError: nothing is there, a file is missing or damaged, or they are of two
+            different saves.
     """
+    path = Path(path)
+    return _read(path) if (path / CONFIG).exists() else load_checkpoint(path)
+
+
+def _read(folder: Path) -> Checkpoint:
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from fmft_fast.errors import ConfigError, InputError
-from fmft_fast.train import Checkpoint, FitConfig
+from fmft_fast.train import Checkpoint, FitConfig, load_checkpoint
 from fmft_fast.train.config import Settings
 from fmft_fast.train.trainer import Evaluate
 
@@ -82,6 +82,14 @@ class Task(Protocol):
     def make_field(self) -> nn.Module:
         """Make an untrained field, from torch's global random state."""
         ...
+
+    def read(self, path: str | Path) -> Checkpoint:
+        """Read a checkpoint of this task's field, or a folder that stands for one.
+
+        Raises:
+            CheckpointError: nothing is there, or it cannot be read.
+        """
+        return load_checkpoint(path)
 
     def field_of(self, checkpoint: Checkpoint) -> nn.Module:
         """Make a field that a checkpoint's weights fit."""

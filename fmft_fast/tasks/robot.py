@@ -20,6 +20,7 @@ from fmft_fast.envs import evaluate_policy, make_environment, summarise
 from fmft_fast.errors import ConfigError, ConfigWarning, MissingDependencyError
 from fmft_fast.policies import FlowPolicy, PolicyConfig
 from fmft_fast.policies.config import NETWORKS
+from fmft_fast.policies.saved import read_policy
 from fmft_fast.tasks.base import TASKS, Records, Results, Task, TaskData
 from fmft_fast.train import Checkpoint, FitConfig
 from fmft_fast.train.config import Settings, key
@@ -186,6 +187,10 @@ class RobotTask(Task):
             Normalizer.fit(obs, options.normalizer),
             Normalizer.fit(action, options.normalizer),
         )
+
+    def read(self, path: str | Path) -> Checkpoint:
+        """Read a run or checkpoint, or what `FlowPolicy.save_pretrained` wrote."""
+        return read_policy(path)
 
     def field_of(self, checkpoint: Checkpoint) -> FlowPolicy:
         """Make the policy that a checkpoint describes."""
