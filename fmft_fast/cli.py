@@ -305,7 +305,8 @@ def _set_up(
 ) -> tuple[Task, list[dict[str, Any]]]:
     """Give the task with its options, and the tables of settings, a later one over an earlier."""
     file, task = _file(known, place), find_task(known.task)
-    table = {} if file is None else commands.read_run_file(file, task)
+    read = commands.read_run_file if file == known.config else commands.read_begun_file
+    table = {} if file is None else read(file, task)
     below = {}
     if known.command == "finetune":
         known.start = known.start or table.get("from") or Path("runs") / task.name / "pretrain"

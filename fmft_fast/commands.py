@@ -160,6 +160,16 @@ def read_run_file(path: Path, task: Task) -> dict[str, Any]:
     return table
 
 
+def read_begun_file(path: Path, task: Task) -> dict[str, Any]:
+    """Read the file of a run to go on with: keys younger than it have the package's defaults.
+
+    Those of the task are for new runs, and may have changed since.
+    """
+    table = read_run_file(path, task)
+    begun = {name: cls for name, cls in SECTIONS.items() if name in table}
+    return {**table, **{k: {**cls().to_dict(), **table[k]} for k, cls in begun.items()}}
+
+
 def new_field(task: Task, seed: int) -> nn.Module:
     """Make the task's untrained field, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):

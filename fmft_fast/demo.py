@@ -146,9 +146,9 @@ class _Job:
                 continue
             content = json.loads(self.results(stage).read_text(encoding="utf-8"))
             measured = [int(n) for n in content["results"].get("after", ())]
-            saved = {**content["config"], "measure": measured}
             steps = list(self.steps) if stage == "finetune" else []
-            changed = changes(saved, {**config.to_dict(), "seed": self.seed, "measure": steps})
+            changed = dataclasses.replace(config, seed=self.seed).changed_since(content["config"])
+            changed = changed or changes({"measure": measured}, {"measure": steps})
             if changed:
                 raise ConfigError(
                     f"seed {self.seed}: {stage} is finished already with other settings "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ from tiny_task import TinyTask
 from fmft_fast import cli, commands, demo
 from fmft_fast.fields import MLP
 from fmft_fast.tasks import TASKS, register
-from fmft_fast.train import load_weights, read_metrics
+from fmft_fast.train import load_checkpoint, load_weights, read_metrics
+from fmft_fast.train.checkpoint import save_checkpoint
 from fmft_fast.train.config import read_toml
 
 TINY = ["--steps", "20", "--batch_size", "32", "--eval_every", "10", "--device", "cpu"]
@@ -191,6 +193,19 @@ def test_a_run_is_resumed_and_never_overwritten(capsys):
     assert Path("a/config.toml").read_text() == before
     assert fmft("pretrain", "tiny", "--resume", "--out", "a", *more) == 0
     assert read_metrics("a/metrics.jsonl")[-1]["step"] == 20
+
+
+def test_a_run_older_than_a_key_goes_on_with_the_default_of_the_key():
+    words = ["pretrain", "tiny", "--out", "a", "--measure", "1", "--quiet", "--steps"]
+    assert fmft(*words, "10", "--lr", "0.001") == 0  # the package's; the task's own is 0.005
+    file = Path("a/config.toml")
+    file.write_text(file.read_text().replace("lr = 0.001\n", ""))
+    last = Path("a/checkpoints/last").resolve()
+    saved = load_checkpoint(last)
+    old = {name: value for name, value in saved.config.items() if name != "lr"}
+    save_checkpoint(last, dataclasses.replace(saved, config=old))
+    assert fmft(*words, "20", "--resume") == 0
+    assert "\nlr = 0.001\n" in file.read_text()
 
 
 def test_warnings_are_one_line(capsys):

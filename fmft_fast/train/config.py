@@ -78,6 +78,17 @@ class Settings:
         """Give plain values, ready for JSON and TOML."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
+    def changed_since(self, saved: Mapping[str, Any], *, free: Collection[str] = ()) -> str:
+        """Say which keys, but for the free ones, have another value than was saved; "" if none.
+
+        A key that `saved` lacks is younger than what was saved and counts as its default.
+
+        Example:
+            >>> PretrainConfig(time_power=2.0, seed=1).changed_since({"seed": 1})
+            'time_power was 1.0, now 2.0'
+        """
+        return changes({**type(self)().to_dict(), **saved}, self.to_dict(), free=free)
+
     def to_toml(self, section: str | None = None) -> str:
         """Write the configuration as TOML, under `[section]` when one is named."""
         return format_toml(self.to_dict(), section)

@@ -19,7 +19,7 @@ from fmft_fast.train.checkpoint import (
     describe_field,
     load_checkpoint,
 )
-from fmft_fast.train.config import FitConfig, changes
+from fmft_fast.train.config import FitConfig
 from fmft_fast.train.interrupt import stop_requests
 from fmft_fast.train.logging import RunLog
 from fmft_fast.train.monitors import Monitor
@@ -332,7 +332,7 @@ class _Run:
         load_random_state(self.random, state["random"])
 
     def _check_config(self, saved: Mapping[str, Any], path: Path) -> None:
-        changed = changes(saved, self.config.to_dict(), free=FREE_ON_RESUME)
+        changed = self.config.changed_since(saved, free=FREE_ON_RESUME)
         if changed:
             raise CheckpointError(
                 f"{path} was made with another configuration ({changed}); resume with "

@@ -18,6 +18,7 @@ from torch import nn
 
 from fmft_fast.errors import CheckpointError, ConfigError, MissingDependencyError, NonFiniteError
 from fmft_fast.train import FitConfig, LoaderBatches, fit, load_checkpoint, read_metrics
+from fmft_fast.train.checkpoint import save_checkpoint
 from fmft_fast.train.logging import progress_bar
 from fmft_fast.train.optim import lr_factor
 from fmft_fast.train.progress import load_random_state
@@ -153,6 +154,17 @@ def test_a_run_is_never_overwritten_and_resumes_only_under_its_own_configuration
         tiny_run.train(tmp_path)
     with pytest.raises(CheckpointError, match="lr was 0.01, now 0.02"):
         tiny_run.train(tmp_path, resume=True, config=with_changes(lr=0.02))
+    assert tiny_run.train(tmp_path, resume=True, config=with_changes(steps=30)).step == 30
+
+
+def test_a_key_that_the_checkpoint_is_too_old_to_name_had_its_default(tmp_path):
+    tiny_run.train(tmp_path, config=with_changes(steps=20))
+    last = (tmp_path / "checkpoints/last").resolve()
+    saved = load_checkpoint(last)
+    old = {name: value for name, value in saved.config.items() if name != "weight_decay"}
+    save_checkpoint(last, dataclasses.replace(saved, config=old))
+    with pytest.raises(CheckpointError, match="weight_decay was 0.0, now 0.5"):
+        tiny_run.train(tmp_path, resume=True, config=with_changes(weight_decay=0.5))
     assert tiny_run.train(tmp_path, resume=True, config=with_changes(steps=30)).step == 30
 
 
