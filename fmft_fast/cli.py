@@ -22,7 +22,7 @@ from fmft_fast.studies import STUDIES, find_study
 from fmft_fast.studies.run import run as run_cells
 from fmft_fast.tasks import STEPS, TASKS, Task, find_task
 from fmft_fast.tasks.robot import RobotTask, data_variable
-from fmft_fast.train.config import as_typed, parse_overrides, read_toml
+from fmft_fast.train.config import as_typed, parse_overrides, read_toml, toml_value
 from fmft_fast.version import __version__
 
 DESCRIPTION = """\
@@ -164,7 +164,7 @@ def _add_task(sub: argparse.ArgumentParser) -> None:
     for kind, tasks in kinds.items():
         group = sub.add_argument_group(f"options of {', '.join(tasks)}")
         for item in dataclasses.fields(kind):
-            _add_setting(group, item, [f"--{item.name}"])
+            _add_setting(group, item, [f"--{item.name}", f"--{commands.OPTIONS}.{item.name}"])
 
 
 def _free_tasks() -> list[str]:
@@ -209,14 +209,18 @@ def _add_run_options(sub: argparse.ArgumentParser, *sections: str) -> None:
 
 
 def _add_setting(group: Any, item: dataclasses.Field, flags: Sequence[str]) -> None:
-    """Add a key as an option; all but the first of its spellings stay out of the help."""
+    """Add a key as an option; all but the first of its spellings stay out of the help.
+
+    What is typed for a text is quoted, so that a file called 2024 is no number.
+    """
+    spell = toml_value if item.type in ("str", "str | None") else str
     for flag in flags:
         group.add_argument(
             flag,
             dest="settings",
             action="append",
             metavar="VALUE",
-            type=lambda text, flag=flag: f"{flag}={text}",
+            type=lambda text, flag=flag: f"{flag}={spell(text)}",
             help=_help(item) if flag == flags[0] else argparse.SUPPRESS,
         )
 

@@ -138,6 +138,13 @@ def test_options_stand_in_a_file_and_the_command_line_lies_over_it(short):
     assert (recipe["horizon"], recipe["n_action"]) == (12, 3)
 
 
+@pytest.mark.parametrize("name", ["2024", "2026-11-21", "1e3", "a,b", "true", 'say "5".npz'])
+def test_a_file_may_be_called_like_a_number(name, capsys):
+    for option in ("--data", "--options.data"):
+        assert fmft("pretrain", "pusht", option, name) == 2
+        assert f"{name}: expected a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -20,6 +20,7 @@ from fmft_fast.train import FinetuneConfig
 # Steps of pre-training, in nine parts of which checkpoints are kept.
 PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
 LENGTH = "length"  # in units of the study's number of fine-tuning steps
+LONGEST = 4
 # What the variants have in common, whichever settings a task has of its own.
 COMMON: dict[str, Any] = {
     "lr": 2e-3,
@@ -31,7 +32,10 @@ COMMON: dict[str, Any] = {
     "time_power": 2.0,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
+    "independent, FM at .05": {},
     "independent, FM at .05, twice as long": {LENGTH: 2},
+    "independent, FM at .05, four times as long": {LENGTH: LONGEST},
+    "early times favoured, then four times as long": {LENGTH: LONGEST},
     "independent": {"fm_weight": 0.0},
     "inversion": {"coupling": "inversion", "coupling_options": {"steps": 8}, "fm_weight": 0.0},
     "reflow": {"coupling": "reflow", "fm_weight": 0.0},
@@ -50,8 +54,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint with GAV": {"mode": "residual", "joint": True},
 }
 BEFORE = "pre-trained"
-# Not fine-tuned, but pre-trained as the task is by default; all others with uniform times.
+# As long as the longest fine-tuning and the pre-training before it.
+LONGER = "pre-trained, as long in all"
 EARLY = "pre-trained, early times favoured"
+NOT_TUNED = (BEFORE, LONGER, EARLY)
+# Pre-trained as the task is by default; all others with uniform times.
+FROM_EARLY = (EARLY, "early times favoured, then four times as long")
 WATCHED = {"watch_starts": 25, "watch_steps": (1,)}
 
 
@@ -64,8 +72,10 @@ def robot(name: str, **options: Any) -> RobotTask:
 
 def base_of(settings: Settings) -> Pretrained:
     """Name the policy that a cell starts from."""
-    power = 2.0 if settings.get("variant") == EARLY else 1.0
+    power = 2.0 if settings.get("variant") in FROM_EARLY else 1.0
     steps = settings["pretrain_steps"]
+    if settings.get("variant") == LONGER:
+        steps += LONGEST * settings["finetune_steps"]
     return in_ninths(settings["task"], settings["seed"], steps, time_power=power)
 
 
@@ -75,10 +85,10 @@ def tuned(settings: Settings, models: Models, variant: str) -> FlowPolicy:
     Args:
         settings: of a cell; `task`, `seed`, `pretrain_steps` and `finetune_steps` are read.
         models: the pre-trained policies; fine-tuned ones are kept beside them.
-        variant: a name in `VARIANTS`, `BEFORE` or `EARLY`.
+        variant: a name in `VARIANTS` or `NOT_TUNED`.
     """
     field = models.load(base_of(settings))
-    if variant in (BEFORE, EARLY):
+    if variant in NOT_TUNED:
         return FlowPolicy.of(field)
     changed = dict(VARIANTS[variant])
     steps = settings["finetune_steps"] * changed.pop(LENGTH, 1)

@@ -13,6 +13,7 @@ from fmft_fast.studies.models import Models, Pretrained
 from fmft_fast.studies.policies import (
     BEFORE,
     EARLY,
+    NOT_TUNED,
     PRETRAIN_STEPS,
     VARIANTS,
     base_of,
@@ -28,7 +29,9 @@ STARTS, FINETUNE_STEPS = 100, 3000
 ON_ALL_SEEDS = (
     BEFORE,
     EARLY,
+    "independent, FM at .05",
     "independent, FM at .05, twice as long",
+    "independent, FM at .05, four times as long",
     "independent",
     "inversion",
     "reflow",
@@ -43,7 +46,7 @@ def cells(seeds: Sequence[int], *, quick: bool) -> list[dict[str, Any]]:
         "finetune_steps": 2 if quick else FINETUNE_STEPS,
         "starts": 2 if quick else STARTS,
     }
-    variants = (BEFORE, "reflow") if quick else (BEFORE, EARLY, *VARIANTS)
+    variants = (BEFORE, "reflow") if quick else (*NOT_TUNED, *VARIANTS)
     return [
         {"task": "pusht", "variant": variant, "seed": seed, **sizes}
         for variant in variants

@@ -24,7 +24,7 @@ from fmft_fast.studies.policies import (
 # Pre-trained, fine-tuned, and fine-tuned together with a GAV branch.
 MODELS = {
     "FM": BEFORE,
-    "FT-FM": "independent, FM at .05, twice as long",
+    "FT-FM": "independent, FM at .05",
     "FT-FM (GAV)": "joint with GAV",
 }
 LEVELS = {"gaussian": (0.0, 0.02, 0.05, 0.1), "salt-pepper": (0.01, 0.05)}

@@ -387,15 +387,16 @@ def format_toml(table: Mapping[str, Any], name: str | None = None) -> str:
             if value:
                 tables.append("\n" + format_toml(value, f"{name}.{item}" if name else item))
         else:
-            lines.append(f"{item} = {_toml_value(value)}")
+            lines.append(f"{item} = {toml_value(value)}")
     return "\n".join(lines) + "\n" + "".join(tables)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Write one plain value as TOML has it."""
     if value is None:
         return '"none"'
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
+        return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, float):
         return repr(value)
     return json.dumps(value, ensure_ascii=False)
