@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fmft_fast.commands import Place
+from fmft_fast.envs import make_environment
 from fmft_fast.errors import ConfigError, FmftError, InputError, MissingDependencyError
 from fmft_fast.info import cpu, machine_class
 from fmft_fast.report import settings_key, write_json
 from fmft_fast.studies.base import Settings, Study
 from fmft_fast.studies.models import Models, Pretrained
+from fmft_fast.tasks import find_task
+from fmft_fast.tasks.robot import RobotTask, data_variable
 from fmft_fast.train.checkpoint import versions
 from fmft_fast.train.logging import progress_bar
 from fmft_fast.workers import Job, run_jobs
@@ -60,7 +63,10 @@ def run(
         quick: smallest sizes; for tests.
 
     Raises:
-        ConfigError: the folder holds a study and is not to be resumed.
+        ConfigError: the folder holds a study and is not to be resumed, or demonstrations are needed
+            and nobody said where they are.
+        InputError: they cannot be read.
+        MissingDependencyError: a simulator is needed and not installed.
         FmftError: cells failed; they are named with their settings, the others are kept.
         KeyboardInterrupt: stopped on request; says how to resume.
     """
@@ -69,14 +75,16 @@ def run(
     if kept.exists() and not place.resume:
         raise ConfigError(f"{place.out} already holds a study; add --resume or name another --out")
     cells = make_cells(study, kept, seeds, quick=quick)
+    left = [cell for cell in cells if cell.read() is None]
+    check_needs(study, left)
     kept.mkdir(parents=True, exist_ok=True)
     models = Models(place.out / "models")
-    left = [cell for cell in cells if cell.read() is None]
     place.say(f"{study.name}: {study.question}\n{len(cells)} cells in {place.out}")
     failed = _measure_all(study, left, models, len(cells), workers, place)
     if failed:
+        count = sum(str(cell) in failed for cell in cells)
         raise FmftError(
-            f"{len(failed)} of {len(cells)} cells failed:\n"
+            f"{count} of {len(cells)} cells failed:\n"
             + "\n".join(f"  {name}: {error}" for name, error in failed.items())
             + f"\nthe others are kept in {kept}; mend the cause, then go on with --resume"
         )
@@ -114,6 +122,26 @@ def make_cells(study: Study, folder: Path, seeds: Sequence[int], *, quick: bool)
     if len({cell.file for cell in cells}) < len(cells):
         raise InputError(f"two cells of {study.name} have the same settings; drop one")
     return cells
+
+
+def check_needs(study: Study, cells: Sequence[Cell]) -> None:
+    """Look for demonstrations and simulator of robot tasks, before hours of training.
+
+    Raises:
+        ConfigError: nobody said where the demonstrations are.
+        InputError: they cannot be read.
+        MissingDependencyError: the simulator is not installed.
+    """
+    names = {model.task for cell in cells for model in study.models(cell.settings)}
+    for task in map(find_task, sorted(names)):
+        if isinstance(task, RobotTask):
+            if task.data() is None:
+                raise ConfigError(
+                    f"data: expected the demonstrations of {task.name}, got none; write "
+                    f"--data {task.name}=PATH, or set {data_variable(task.name)}"
+                )
+            task.demonstrations()
+            make_environment(task.simulator()).close()
 
 
 def rows_of(content: Mapping[str, Any]) -> list[dict[str, Any]]:
