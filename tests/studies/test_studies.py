@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ from tiny_study import TINY
 
 from fmft_fast import cli
 from fmft_fast.commands import Place
-from fmft_fast.errors import ConfigError, FmftError, InputError
+from fmft_fast.errors import ConfigError, FmftError, InputError, MissingDependencyError
 from fmft_fast.studies import STUDIES, Study, find_study, register
 from fmft_fast.studies.estimates import estimate, estimates, table
+from fmft_fast.studies.models import Pretrained
 from fmft_fast.studies.run import make_cells, rows_of, run
 from fmft_fast.tasks import TASKS, find_task
 
@@ -85,6 +87,38 @@ def test_cells_that_fail_are_named_and_the_others_kept(monkeypatch):
     for name in ("TINY_1-0", "TINY_2-2"):
         monkeypatch.delenv(name)
     assert study(resume=True)["cells_measured_now"] == 2
+
+
+def test_a_model_that_fails_is_no_cell():
+    def models(settings):
+        return [Pretrained("toy-gmm", 0, {"stepps": settings["size"]})]
+
+    broken = dataclasses.replace(TINY, models=models)
+    with pytest.raises(FmftError, match="2 of 2 cells failed") as caught:
+        run(broken, Place(Path("d"), quiet=True), seeds=(0,), workers=0)
+    message = str(caught.value)
+    assert message.count("got 'stepps'; did you mean 'steps'") == 2
+    assert message.count("which failed") == 2
+
+
+def test_what_robot_studies_need_is_looked_for_before_any_work(monkeypatch, capsys):
+    words = ["study", "policy-finetuning", "--quick", "--seeds", "0", "--out", "q"]
+    data = pusht_file(Path("pusht.npz"))
+    monkeypatch.delenv("FMFT_PUSHT_DATA", raising=False)
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "the demonstrations of pusht, got none; write --data pusht=PATH, or set FMFT_" in error
+    monkeypatch.setenv("FMFT_PUSHT_DATA", "")  # restored afterwards, whatever --data sets
+    assert cli.main([*words, "--data", "pusht=gone.npz"]) == 2
+    assert "gone.npz: expected a file" in capsys.readouterr().err
+
+    def missing(name):
+        raise MissingDependencyError(f"{name} needs gym-pusht")
+
+    monkeypatch.setattr("fmft_fast.studies.run.make_environment", missing)
+    assert cli.main([*words, "--data", f"pusht={data}"]) == 2
+    assert "pusht needs gym-pusht" in capsys.readouterr().err
+    assert not Path("q").exists()
 
 
 @pytest.mark.parametrize(
