@@ -116,7 +116,7 @@ def draw(found: Found, file: Path) -> Path:
         for name, one in measures.items():
             line = panels.setdefault(name, {}).setdefault(f"noise: {noise}", [])
             line.append((n, one.low, one.mean, one.high))
-    return plots.medians(panels, file, xlabel="Euler steps N")
+    return plots.medians(panels, file, xlabel="Euler steps N", log_y=False)
 
 
 def _frame_rate(task: RobotTask) -> float:

@@ -190,6 +190,7 @@ def medians(
     xlabel: str,
     levels: Mapping[str, Mapping[str, float]] | None = None,
     log_x: bool = True,
+    log_y: bool = True,
     columns: int = 3,
 ) -> Path:
     """Draw medians with their intervals against a setting: a panel per measure, a line per label.
@@ -202,6 +203,8 @@ def medians(
         levels: {title: {label: value}} of dashed lines to compare with, such as real data; their
             labels stand at the lines.
         log_x: whether x has a logarithmic scale (x > 0).
+        log_y: whether positive values over a wide range have one; False for scores, shares and
+            counts, whose differences matter.
         columns: panels side by side.
 
     Returns:
@@ -237,7 +240,7 @@ def medians(
             axis.set_xscale("log")
         _tick_at(axis, sorted({point[0] for points in lines.values() for point in points}))
         seen = [value for points in lines.values() for point in points for value in point[1:]]
-        _set_value_scale(axis, [*seen, *level.values()], None)
+        _set_value_scale(axis, [*seen, *level.values()], None, log=log_y)
         _label_logarithms(axis.yaxis)
         axis.set_xlabel(xlabel)
         axis.grid(alpha=0.25)
@@ -364,12 +367,14 @@ def _gaussian_share(region: Tensor, extent: float) -> float:
     return float((mass * region.cpu()).sum() / mass.sum())
 
 
-def _set_value_scale(axis, values: Sequence[float], floor: float | None) -> None:
-    """Choose a logarithmic scale over a wide range; below the floor it is linear."""
+def _set_value_scale(
+    axis, values: Sequence[float], floor: float | None, *, log: bool = True
+) -> None:
+    """Choose a logarithmic scale over a wide range, if allowed; below the floor it is linear."""
     smallest, largest = min(values), max(values)
     if floor is not None and floor > 0 and smallest < floor / 3:
         axis.set_yscale("symlog", linthresh=floor)
-    elif smallest > 0 and largest / smallest > 5:
+    elif log and smallest > 0 and largest / smallest > 5:
         axis.set_yscale("log")
     else:
         top = 1.08 * max(largest, floor or 0)

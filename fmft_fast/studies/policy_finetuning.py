@@ -89,7 +89,7 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
             line = panels.setdefault(name, {}).setdefault(variant, [])
             line.append((n, one.low, one.mean, one.high))
     file = folder / "policy-finetuning.png"
-    return [plots.medians(panels, file, xlabel="Euler steps N", columns=2)]
+    return [plots.medians(panels, file, xlabel="Euler steps N", log_y=False, columns=2)]
 
 
 STUDY = register(

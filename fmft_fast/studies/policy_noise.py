@@ -98,7 +98,7 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
                     point = (float(level or 0), one.low, one.mean, one.high)
                     lines.setdefault(model, []).append(point)
     file = folder / "policy-noise.png"
-    return [plots.medians(panels, file, xlabel="noise level", log_x=False, columns=2)]
+    return [plots.medians(panels, file, xlabel="noise level", log_x=False, log_y=False, columns=2)]
 
 
 STUDY = register(

@@ -93,7 +93,7 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
         lines[f"start at {begin} %"] = [(step, e.low, e.median, e.high) for step, e in found]
     panels = {"Push-T: score at N = 1": lines}
     file = folder / "policy-timing.png"
-    return [plots.medians(panels, file, xlabel="fine-tuning steps", log_x=False)]
+    return [plots.medians(panels, file, xlabel="fine-tuning steps", log_x=False, log_y=False)]
 
 
 STUDY = register(

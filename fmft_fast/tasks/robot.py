@@ -351,7 +351,7 @@ class RobotTask(Task):
             for measure in next(iter(next(iter(results.values())).values()))
             if not measure.endswith((LOW, HIGH))
         }
-        files = [plots.medians(panels, out / "quality.png", xlabel="Euler steps N")]
+        files = [plots.medians(panels, out / "quality.png", xlabel="Euler steps N", log_y=False)]
         if history:
             files.append(plots.training_curves(history, out / "training.png"))
         return files

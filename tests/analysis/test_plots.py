@@ -114,6 +114,18 @@ def test_medians_are_drawn_with_a_legend_that_fits_and_numbers_that_read(tmp_pat
         plots.medians({"": many}, tmp_path / "m.png", xlabel="x")
 
 
+def test_scores_have_a_linear_axis_from_zero(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure) or file)
+    panels = {"success": {"a": [(1, 0.01, 0.02, 0.04), (16, 0.5, 0.6, 0.7)]}}
+    for log_y in (True, False):
+        plots.medians(panels, tmp_path / "m.png", xlabel="N", log_y=log_y)
+    logarithmic, linear = (figure.axes[0] for figure in drawn)
+    assert logarithmic.get_yscale() == "log" and linear.get_yscale() == "linear"
+    assert linear.get_ylim()[0] == 0
+
+
 def test_no_two_of_fourteen_lines_look_alike_and_zeros_are_drawn(tmp_path, monkeypatch, recwarn):
     drawn = []
     monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure) or file)
