@@ -380,7 +380,7 @@ def run_analyze(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def run_demo(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """`fmft demo`."""
-    commands.check_overrides(overrides, list(SECTIONS))
+    commands.check_overrides(overrides, [*SECTIONS, commands.OPTIONS])
     for table in (overrides, *(overrides.get(name, {}) for name in SECTIONS)):
         if "seed" in table:
             raise ConfigError(f"the demo takes several seeds; write --seeds {table['seed']}")

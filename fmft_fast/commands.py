@@ -27,7 +27,7 @@ from fmft_fast.train import (
 )
 from fmft_fast.train.branch import as_saved
 from fmft_fast.train.checkpoint import resolve, versions
-from fmft_fast.train.config import changes, format_toml, merge, read_toml, section, unknown_key
+from fmft_fast.train.config import format_toml, merge, read_toml, section, unknown_key
 
 SECTIONS: dict[str, type[FitConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 TABLES = ("coupling_options", "residual_options", "network_options")
@@ -336,8 +336,7 @@ def begin(
     A resumed run keeps the file it has until it has ended well under the new settings.
     """
     header = {"task": task.name, **({"from": str(start)} if start is not None else {})}
-    options = {} if task.options is None else {OPTIONS: task.options.to_dict()}
-    text = f"{format_toml({**header, **options})}\n{config.to_toml(name)}"
+    text = f"{format_toml({**header, **options_table(task)})}\n{config.to_toml(name)}"
     file = place.out / "config.toml"
     if not file.exists():
         place.out.mkdir(parents=True, exist_ok=True)
@@ -347,15 +346,31 @@ def begin(
             f"{place.out} already holds a run; continue it with --resume, or name another folder "
             f"with --out"
         )
-    elif task.options is not None:
-        saved = type(task.options).from_dict(read_toml(file).get(OPTIONS, {}))
-        changed = changes(saved.to_dict(), options[OPTIONS], free=task.free)
-        if changed:
-            raise CheckpointError(
-                f"{place.out} was begun with other options ({changed}); resume with the same ones, "
-                f"or begin a new run in another folder"
-            )
+    else:
+        check_options(task, file)
     return text
+
+
+def options_table(task: Task) -> dict[str, Any]:
+    """Give the task's own options as they stand in a file, in a section of their own."""
+    return {} if task.options is None else {OPTIONS: task.options.to_dict()}
+
+
+def check_options(task: Task, file: Path) -> None:
+    """Refuse to go on with a run that was begun with other options than the task has now.
+
+    Raises:
+        CheckpointError: they differ from those in the run's file.
+    """
+    if task.options is None:
+        return
+    saved = type(task.options).from_dict(read_toml(file).get(OPTIONS, {}))
+    changed = task.options.changed_since(saved.to_dict(), free=task.free)
+    if changed:
+        raise CheckpointError(
+            f"{file.parent} was begun with other options ({changed}); resume with the same ones, "
+            f"or begin a new run in another folder"
+        )
 
 
 def on_cpu(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from fmft_fast.report import (
     results_table,
     write_json,
 )
-from fmft_fast.tasks import Task, find_task
+from fmft_fast.tasks import Task
 from fmft_fast.train import FinetuneConfig, PretrainConfig, read_metrics
 from fmft_fast.train.checkpoint import versions
 from fmft_fast.train.config import changes, format_toml
@@ -99,16 +99,19 @@ def run(
     """
     started = time.perf_counter()
     jobs = [
-        _Job(task.name, seed, place.out / f"seed-{seed}", pretrain, finetune, tuple(steps))
+        _Job(task, seed, place.out / f"seed-{seed}", pretrain, finetune, tuple(steps))
         for seed in seeds
     ]
     for job in jobs:
         job.check_finished()
     place.out.mkdir(parents=True, exist_ok=True)
-    header = format_toml({"task": task.name, "seeds": list(seeds), "measure": list(steps)})
-    text = f"{header}\n{pretrain.to_toml('pretrain')}\n{finetune.to_toml('finetune')}"
+    header = {"task": task.name, "seeds": list(seeds), "measure": list(steps)}
+    settings = f"{pretrain.to_toml('pretrain')}\n{finetune.to_toml('finetune')}"
+    text = f"{format_toml({**header, **commands.options_table(task)})}\n{settings}"
     file = place.out / "config.toml"
-    if not file.exists():
+    if file.exists():
+        commands.check_options(task, file)
+    else:
         file.write_text(text, encoding="utf-8")
     place.say(
         f"{task.name}: {task.summary}.\nPre-training {pretrain.steps} steps, fine-tuning "
@@ -125,7 +128,7 @@ def run(
 class _Job:
     """One seed's work in two stages, each of which goes on from what lies in `folder`."""
 
-    task: str
+    task: Task
     seed: int
     folder: Path
     pretrain: PretrainConfig
@@ -156,7 +159,7 @@ class _Job:
                 )
 
     def work(self, stage: str, figures: bool) -> None:
-        task, place = find_task(self.task), Place(self.folder / stage, resume=True, quiet=True)
+        task, place = self.task, Place(self.folder / stage, resume=True, quiet=True)
         if stage == "pretrain":
             # Measured below, together with the fine-tuned model: the measures cost more than it.
             config = dataclasses.replace(self.pretrain, seed=self.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_task
 import torch
-from tiny_task import TinyTask
+from tiny_task import ShiftedTask, TinyTask
 
 from fmft_fast import cli, commands, demo
 from fmft_fast.fields import MLP
@@ -22,6 +23,7 @@ from fmft_fast.tasks import TASKS, register
 from fmft_fast.train import load_checkpoint, load_weights, read_metrics
 from fmft_fast.train.checkpoint import save_checkpoint
 from fmft_fast.train.config import read_toml
+from fmft_fast.workers import run_jobs
 
 TINY = ["--steps", "20", "--batch_size", "32", "--eval_every", "10", "--device", "cpu"]
 
@@ -273,6 +275,26 @@ def test_demo_folders_are_never_reused_unless_resumed():
     assert demo.choose_place(Path("runs/demo"), True, True).out == Path("runs/demo")
     with pytest.raises(Exception, match="already holds a demo; add --resume"):
         demo.choose_place(Path("runs/demo"), False, True)
+
+
+def test_demo_keeps_the_options_of_its_task(monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "shifted", ShiftedTask())
+
+    def run_here(jobs, workers, tick=None):
+        """Work in this process, with what another one would get."""
+        return run_jobs(pickle.loads(pickle.dumps(jobs)), 0)
+
+    monkeypatch.setattr(demo, "run_jobs", run_here)
+    sizes = [f"--{name}.steps=3" for name in ("pretrain", "finetune")]
+    words = ["demo", *sizes, "--out", "d", "--seeds", "0", "--measure", "1", "--quiet"]
+    assert fmft(*words, "--task", "shifted", "--shift", "3") == 0
+    for folder in ("d", "d/seed-0/pretrain", "d/seed-0/finetune"):
+        assert read_toml(f"{folder}/config.toml")["options"] == {"shift": 3.0}
+    heldout = read_metrics("d/seed-0/pretrain/metrics.jsonl")[0]["heldout"]
+    assert heldout > 6, "the data lie about 3, where an untrained field is far off"
+    assert fmft(*words, "--resume", "--options.shift", "4") == 2
+    assert "d was begun with other options (shift was 3.0, now 4.0)" in capsys.readouterr().err
+    assert fmft(*words, "--resume") == 0
 
 
 DEMO = [

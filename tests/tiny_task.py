@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from fmft_fast import cli
 from fmft_fast.fields import MLP
 from fmft_fast.flow import sample
 from fmft_fast.tasks import Task, TaskData, register
+from fmft_fast.train.config import Settings, key
 
 
 class TinyTask(Task):
@@ -63,6 +66,31 @@ class TinyTask(Task):
             json.dumps([sorted(results or ()), sorted(history or ())])
         )
         return [out_dir / "given.json"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShiftOptions(Settings):
+    """Where the modes lie."""
+
+    shift: float = key(0.0, "added to the data")
+
+
+class ShiftedTask(TinyTask):
+    """The same with an option."""
+
+    name = "shifted"
+    options = ShiftOptions()
+
+    def configured(self, options):
+        """Give the task with another shift."""
+        made = copy.copy(self)
+        made.options = ShiftOptions.from_dict({**self.options.to_dict(), **options})
+        return made
+
+    def make_data(self, seed, field=None):
+        """Give the data moved by the option."""
+        data = super().make_data(seed)
+        return TaskData(data.train + self.options.shift, data.heldout + self.options.shift)
 
 
 # Workers of the demo are spawned: they run this script again under the second name.
