@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmft_fast import fused
 from fmft_fast.data import Normalizer
 from fmft_fast.policies import FlowPolicy, PolicyConfig
 
@@ -107,19 +106,6 @@ def ours(policy: FlowPolicy, steps: int) -> Decision:
     return decide
 
 
-def ours_fused(policy: FlowPolicy, steps: int) -> Decision:
-    """What a decision alone takes from a number of steps on."""
-    decide = ours(policy, steps)
-    if policy.config.network != "mlp":
-        raise NotApplicable("the kernels of whole solves take no convolutions")
-
-    def fused_decide(obs: Tensor, noise: Tensor) -> Tensor:
-        with fused("require"):
-            return decide(obs, noise)
-
-    return fused_decide
-
-
 def around(policy: FlowPolicy, solver: Callable[[Tensor, Tensor], Tensor]) -> Decision:
     """A decision, with the solver of (x0, cond) in its middle."""
     config = policy.config
@@ -184,7 +170,6 @@ def compiled_loop_reduced(policy: FlowPolicy, steps: int) -> Decision:
 OURS = "fmft_fast predict_action"
 PEERS: dict[str, Callable[[FlowPolicy, int], Decision]] = {
     OURS: ours,
-    "fmft_fast, always fused": ours_fused,
     BASELINE: drop_in,
     "plain loop": plain_loop,
     "torch.compile": compiled_loop,

@@ -1,5 +1,6 @@
 // Products on tiles of rows. All have the form C[m, vectors] += A[m, k] B[k, vectors] with A
-// broadcast, except where C has fewer columns than half a vector: then rows are dotted with rows.
+// broadcast, except where C has fewer columns than half a vector, or A so few rows that laying out B
+// would take longer than the product: then rows are dotted with rows.
 #pragma once
 #include "vector.h"
 
@@ -175,6 +176,107 @@ void dot_products(const T* a, int64_t lda, const T* b, int64_t vectors, int n, T
         if (n == 7) return dot_rows<T, 7>(a, lda, b, vectors, c, rows, first_row, add);
         if (n == 8) return dot_rows<T, 8>(a, lda, b, vectors, c, rows, first_row, add);
       }
+  }
+}
+
+// The weights [n, k] of a layer as they lie in memory, rows `ld` apart.
+template <class T>
+struct Weights {
+  const T* w;
+  int64_t ld, n, k;
+};
+
+// What is left of a row of k numbers behind its whole vectors: in the last lanes of the row's last
+// vector, or in the first lanes where the row is shorter than that; the other lanes are zero.
+template <class T>
+struct RowEnd {
+  static constexpr int L = Lanes<T>::count;
+  using Mask = typename Lanes<T>::Mask;
+  int64_t k;
+  Mask kept{};
+
+  explicit RowEnd(int64_t k) : k(k) {
+    const int last = static_cast<int>(k < L ? k : L);
+    for (int i = last - static_cast<int>(k % L); i < last; ++i) kept[i] = -1;
+  }
+  Vector<T> operator()(const T* row) const {
+    const Vector<T> x = k < L ? load(row, static_cast<int>(k)) : load(row + k - L);
+    return reinterpret_cast<Vector<T>>(reinterpret_cast<Mask>(x) & kept);
+  }
+};
+
+// The products of MR rows of A with G rows of W, lane by lane.
+template <class T, int MR, int G>
+inline void lane_products(const T* a, int64_t lda, const Weights<T>& x, const T* const* w,
+                          Vector<T> (*sums)[Lanes<T>::count]) {
+  constexpr int L = Lanes<T>::count;
+  Vector<T> sum[MR][G] = {};
+  int64_t p = 0;
+  for (; p + L <= x.k; p += L) {
+    Vector<T> from[MR];
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) from[m] = load(a + m * lda + p);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      __builtin_prefetch(w[g] + G * x.ld + p);
+      const Vector<T> weight = load(w[g] + p);
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) sum[m][g] += from[m] * weight;
+    }
+  }
+  if (p < x.k) {
+    const RowEnd<T> end(x.k);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) {
+      const Vector<T> from = end(a + m * lda);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) sum[m][g] += from * end(w[g]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) sums[m][g] = sum[m][g];
+}
+
+// C[MR, n] (+)= A[MR, k] W^T.
+template <class T, int MR>
+__attribute__((noinline)) void dot_weights_of(const T* a, int64_t lda, const Weights<T>& x, T* c,
+                                              int64_t ldc, bool padded, const T* first_row,
+                                              bool add) {
+  constexpr int L = Lanes<T>::count;
+  constexpr int most = kDotSums / MR >= 8 ? 8 : kDotSums / MR >= 4 ? 4 : 2;
+  constexpr int G = most < L ? most : L;
+  each_vector<T>(x.n, [&](int64_t j, auto part) {
+    const int count = count_of<T>(part);
+    Vector<T> sums[MR][L];
+    for (int g = 0; g < L; g += G) {
+      const T* w[G];
+      for (int i = 0; i < G; ++i) w[i] = x.w + (j + (g + i < count ? g + i : 0)) * x.ld;
+      lane_products<T, MR, G>(a, lda, x, w, reinterpret_cast<Vector<T>(*)[L]>(&sums[0][g]));
+    }
+    for (int m = 0; m < MR; ++m) {
+      T* to = c + m * ldc + j;
+      Vector<T> y = lane_sums<T>(sums[m]);
+      if (first_row) y += get(first_row + j, part);
+      if (add) y += get(to, part);
+      put<T>(to, y, part);
+      for (int i = count; i < L && padded; ++i) to[i] = 0;
+    }
+  });
+}
+
+// C[rows, n] (+)= A[rows, k] W^T (+ first_row in every row), where W needs no packing: it is read
+// once for every four rows of A. Behind its n columns C is dense, or padded to whole vectors.
+template <class T>
+void dot_weights(const T* a, int64_t lda, const Weights<T>& x, T* c, int64_t ldc, bool padded,
+                 int64_t rows, const T* first_row, bool add) {
+  for (; rows >= 4; rows -= 4, a += 4 * lda, c += 4 * ldc)
+    dot_weights_of<T, 4>(a, lda, x, c, ldc, padded, first_row, add);
+  switch (rows) {
+    case 1: return dot_weights_of<T, 1>(a, lda, x, c, ldc, padded, first_row, add);
+    case 2: return dot_weights_of<T, 2>(a, lda, x, c, ldc, padded, first_row, add);
+    case 3: return dot_weights_of<T, 3>(a, lda, x, c, ldc, padded, first_row, add);
   }
 }
 

@@ -438,6 +438,7 @@ PerSample per_sample_forward(const Solve& given, const std::vector<double>& c,
   kept.shape.keep = Keep::inputs;
   kept.shape.slots = solve.method->stages;
   choose_tiles(solve, kLikelySteps * solve.method->stages, kept.shape);
+  kept.shape.direct = false;  // the bits of a row must not depend on the number of rows
   Plan plan = make_plan(solve, kept.shape, nullptr);
   const Memory packs(plan.packs.size() * number_size(solve.type));
   plan.job.packs = packs.data();

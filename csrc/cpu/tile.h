@@ -43,37 +43,6 @@ struct Tile {
   const T* pack(int64_t offset) const { return static_cast<const T*>(job.packs) + offset; }
 };
 
-// A whole vector or the rest of one, for loops over memory that may end within a vector.
-struct Whole {};
-struct Rest {
-  int count;
-};
-
-template <class T>
-inline Vector<T> get(const T* from, Whole) {
-  return load(from);
-}
-template <class T>
-inline Vector<T> get(const T* from, Rest rest) {
-  return load(from, rest.count);
-}
-template <class T>
-inline void put(T* to, Vector<T> v, Whole) {
-  store(to, v);
-}
-template <class T>
-inline void put(T* to, Vector<T> v, Rest rest) {
-  store(to, v, rest.count);
-}
-
-template <class T, class Run>
-inline void each_vector(int64_t size, Run run) {
-  constexpr int L = Lanes<T>::count;
-  int64_t i = 0;
-  for (; i + L <= size; i += L) run(i, Whole{});
-  if (i < size) run(i, Rest{static_cast<int>(size - i)});
-}
-
 // All vectors of a value's matrix; what pads the rows to `ld` is left out where it is long.
 template <class T, class Run>
 inline void each_entry(const Value& value, int64_t rows, Run run) {

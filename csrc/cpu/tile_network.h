@@ -12,16 +12,21 @@ template <class T>
 void pack_matrix(T* to, const T* from, int64_t row, int64_t column, int64_t k, int64_t n,
                  int64_t vectors) {
   constexpr int64_t L = Lanes<T>::count;
+  // Where columns lie apart, so many rows at a time, which are next to each other: whole lines.
+  constexpr int64_t kLines = 2 * 64 / sizeof(T);
   for (int64_t v = 0; v < vectors; v += kBlockVectors) {
     const int64_t width = (vectors - v < kBlockVectors ? vectors - v : kBlockVectors) * L;
     const int64_t filled = n - v * L < width ? n - v * L : width;
-    for (int64_t p = 0; p < k; ++p, to += width) {
+    for (int64_t p = 0; p < k; p += kLines) {
+      const int64_t rows = k - p < kLines ? k - p : kLines;
       const T* line = from + p * row + v * L * column;
-      if (column == 1)
-        memcpy(to, line, filled * sizeof(T));
-      else
-        for (int64_t j = 0; j < filled; ++j) to[j] = line[j * column];
-      for (int64_t j = filled; j < width; ++j) to[j] = 0;
+      for (int64_t q = 0; q < rows && column == 1; ++q)
+        memcpy(to + q * width, line + q * row, filled * sizeof(T));
+      for (int64_t j = 0; j < filled && column != 1; ++j)
+        for (int64_t q = 0; q < rows; ++q) to[q * width + j] = line[j * column + q * row];
+      for (int64_t q = 0; q < rows; ++q)
+        for (int64_t j = filled; j < width; ++j) to[q * width + j] = 0;
+      to += rows * width;
     }
   }
 }
@@ -83,6 +88,11 @@ void add_term(const Tile<T>& tile, const Term& term, const Value& out, const T* 
               const T* first_row, bool add) {
   const Job& job = tile.job;
   const Value& in = job.values[term.source];
+  if (job.direct) {
+    const T* w = static_cast<const T*>(job.parameters[term.parameter]) + term.column;
+    const Weights<T> weights{w, job.leading[term.parameter], out.width, in.width};
+    return dot_weights(x, in.ld, weights, z, out.ld, !out.narrow, tile.rows, first_row, add);
+  }
   if (!out.narrow)
     return multiply(x, in.ld, tile.pack(term.forward), in.width, out.vectors, z, out.ld, tile.rows,
                     first_row, add);

@@ -83,6 +83,7 @@ struct Job {
   void* grad_y0 = nullptr;
   void* const* grad_conds = nullptr;
   bool again = false;  // the backward pass computes the values from the stage inputs
+  bool direct = false;  // values are computed from the weights where they lie, without packing
   int64_t window = 1;  // steps between two products for the gradients of the matrices
 
   void* packs = nullptr;
@@ -174,6 +175,7 @@ struct Kept {
   Keep keep = Keep::nothing;
   int parts = 1;
   int64_t tile_rows = 0;
+  bool direct = false;  // see Job
   int64_t slots = 1;  // stages that a chunk has room for
   std::vector<Memory> chunks;
 

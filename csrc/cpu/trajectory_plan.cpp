@@ -14,21 +14,31 @@ constexpr double kWorkPerThread = 2e6;
 constexpr int64_t kWindowBytes = 512 << 10;
 constexpr int64_t kWindowRows = 384;
 constexpr int64_t kCacheBytes = 512 << 10;
+// Without packing, every number of a product ends in a sum over lanes. It takes as long as packing
+// so many weights, unless few rows wait for weights that do not fit the cache.
+constexpr int64_t kSumCost = 8;
+constexpr int64_t kFewRows = 4;
 
 bool stores_slope(const Layer& layer) {
   return layer.activation != Activation::identity &&
          (layer.skip_count > 0 || !slope_from_value(layer.activation, layer.parameter));
 }
 
-double work(const Solve& solve, int64_t evaluations) {
-  double madds = 0;
-  for (size_t l = 0; l < solve.field->layers.size(); ++l)
-    for (const Term& term : solve.field->terms[l]) {
-      const int64_t in =
-          term.source ? solve.field->layers[term.source - 1].width : solve.field->state;
-      madds += static_cast<double>(in * solve.field->layers[l].width);
+// Weights of all products, and the numbers that these give for a row of the batch.
+struct Products {
+  int64_t weights = 0, sums = 0;
+};
+
+Products products_of(const Field& field) {
+  Products all;
+  for (size_t l = 0; l < field.layers.size(); ++l)
+    for (const Term& term : field.terms[l]) {
+      if (term.parameter < 0) continue;
+      all.weights += field.layers[l].width *
+                     (term.source ? field.layers[term.source - 1].width : field.state);
+      all.sums += field.layers[l].width;
     }
-  return 2 * madds * static_cast<double>(solve.batch * evaluations);
+  return all;
 }
 
 int64_t choose_tile_rows(const Solve& solve, const TrajectoryKernels& kernels, int parts) {
@@ -76,10 +86,14 @@ const TrajectoryKernels& kernels_in_use() {
 void choose_tiles(const Solve& solve, int64_t evaluations, Kept& kept) {
   kept.kernels = &kernels_in_use();
   const int64_t blocks = (solve.batch + kept.kernels->block_rows - 1) / kept.kernels->block_rows;
-  const double useful =
-      std::min(work(solve, evaluations) / kWorkPerThread, static_cast<double>(blocks));
+  const Products products = products_of(*solve.field);
+  const double work = 2.0 * products.weights * (solve.batch * evaluations);
+  const double useful = std::min(work / kWorkPerThread, static_cast<double>(blocks));
   kept.parts = std::max(1, std::min(solve.threads, static_cast<int>(useful)));
   kept.tile_rows = choose_tile_rows(solve, *kept.kernels, kept.parts);
+  const int64_t rows = (solve.batch + kept.parts - 1) / kept.parts;
+  const bool few = rows <= kFewRows && products.weights * number_size(solve.type) > kCacheBytes;
+  kept.direct = few || rows * evaluations * products.sums * kSumCost <= products.weights;
 }
 
 Plan make_plan(const Solve& solve, const Kept& kept, const Gradients* gradients) {
@@ -123,10 +137,10 @@ Plan make_plan(const Solve& solve, const Kept& kept, const Gradients* gradients)
       if (term.parameter < 0) continue;
       const Value& in = plan.values[term.source];
       multiplied[term.source] = true;
-      const bool into = !backward || again;
-      if (!out.narrow && (into || in.narrow))
+      const bool into = (!backward || again) && !kept.direct;
+      if (!out.narrow && (into || (backward && in.narrow)))
         term.forward = plan.packs.take(in.width * out.vectors * lanes);
-      if (!in.narrow && (backward || out.narrow))
+      if (!in.narrow && (backward || (into && out.narrow)))
         term.backward = plan.packs.take(out.width * in.vectors * lanes);
       if (!wanted(term.parameter)) continue;
       pulled[term.source] = pulled[l + 1] = true;
@@ -223,6 +237,7 @@ Plan make_plan(const Solve& solve, const Kept& kept, const Gradients* gradients)
   job.conds = solve.conds.data();
   job.chunk = std::max<int64_t>(kept.slots, 1);
   job.again = again;
+  job.direct = kept.direct;
   job.window = window;
   return plan;
 }

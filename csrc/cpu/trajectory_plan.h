@@ -40,7 +40,8 @@ struct Plan {
   explicit Plan(int64_t line) : packs(line), scratch(line), kept(line), gradients(line) {}
 };
 
-// Sets the kernels, the parts of the batch and the rows of a tile for a solve of so many evaluations.
+// Sets the kernels, the parts of the batch, the rows of a tile and whether weights are packed, for a
+// solve of so many evaluations.
 void choose_tiles(const Solve& solve, int64_t evaluations, Kept& kept);
 
 // The plan of a forward pass, or of the backward pass for these gradients.

@@ -11,15 +11,16 @@
 namespace fmft {
 inline namespace FMFT_ISA {
 
-// kBlockRows x kBlockVectors accumulators fill the registers, with room for a row of B.
+// kBlockRows x kBlockVectors accumulators fill the registers, with room for a row of B; products of
+// rows with rows take up to kDotSums.
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kBlockRows = 6, kBlockVectors = 4;
+constexpr int kVectorBytes = 64, kBlockRows = 6, kBlockVectors = 4, kDotSums = 16;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kBlockRows = 6, kBlockVectors = 2;
+constexpr int kVectorBytes = 32, kBlockRows = 6, kBlockVectors = 2, kDotSums = 8;
 #elif defined(__aarch64__)
-constexpr int kVectorBytes = 16, kBlockRows = 6, kBlockVectors = 4;
+constexpr int kVectorBytes = 16, kBlockRows = 6, kBlockVectors = 4, kDotSums = 16;
 #else
-constexpr int kVectorBytes = 16, kBlockRows = 4, kBlockVectors = 2;
+constexpr int kVectorBytes = 16, kBlockRows = 4, kBlockVectors = 2, kDotSums = 8;
 #endif
 
 template <class T>
@@ -66,6 +67,46 @@ inline Vector<T> load(const T* from, int count) {
 template <class T>
 inline void store(T* to, Vector<T> v, int count) {
   memcpy(to, &v, count * sizeof(T));
+}
+
+// A whole vector or the rest of one, for loops over memory that may end within a vector.
+struct Whole {};
+struct Rest {
+  int count;
+};
+
+template <class T>
+constexpr int count_of(Whole) {
+  return Lanes<T>::count;
+}
+template <class T>
+inline int count_of(Rest rest) {
+  return rest.count;
+}
+
+template <class T>
+inline Vector<T> get(const T* from, Whole) {
+  return load(from);
+}
+template <class T>
+inline Vector<T> get(const T* from, Rest rest) {
+  return load(from, rest.count);
+}
+template <class T>
+inline void put(T* to, Vector<T> v, Whole) {
+  store(to, v);
+}
+template <class T>
+inline void put(T* to, Vector<T> v, Rest rest) {
+  store(to, v, rest.count);
+}
+
+template <class T, class Run>
+inline void each_vector(int64_t size, Run run) {
+  constexpr int L = Lanes<T>::count;
+  int64_t i = 0;
+  for (; i + L <= size; i += L) run(i, Whole{});
+  if (i < size) run(i, Rest{static_cast<int>(size - i)});
 }
 
 template <class T>

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,9 @@ from fmft_fast.errors import CheckpointError, FmftError, InputError
 from fmft_fast.flow import flow_matching_loss, integrate
 from fmft_fast.policies.config import NETWORKS, PolicyConfig, make_network
 from fmft_fast.policies.saved import read_policy, write_policy
-from fmft_fast.solvers import find_method, fused
-from fmft_fast.solvers.whole_solve import fusion_mode
 from fmft_fast.train import Checkpoint
 from fmft_fast.train.branch import as_saved
 from fmft_fast.train.checkpoint import innermost, recipes
-
-# On a CPU the kernels of whole solves first lay out all weights: for a decision alone, with more
-# than LARGE weights, that takes as long as FEW evaluations (`python -m benchmarks.latency`).
-FEW, LARGE = 8, 250_000
 
 
 class FlowPolicy(nn.Module):
@@ -74,7 +68,6 @@ class FlowPolicy(nn.Module):
                     f"got {size}; fit it to the data of this policy"
                 )
         self.network = make_network(config) if network is None else network
-        self._large = sum(p.numel() for p in self.network.parameters()) > LARGE
         self.cond_dim = config.cond_dim
         if len(config.state) == 1:
             self.dim = config.state[0]
@@ -153,20 +146,12 @@ class FlowPolicy(nn.Module):
         elif noise.shape != shape:
             raise InputError(f"noise: expected {list(shape)}, got {list(noise.shape)}")
         x0 = noise.to(cond).reshape(len(cond), *config.state)
-        with self._route(x0, steps, method):
-            x1 = integrate(
-                self.network, x0, steps=steps, method=method, rtol=rtol, atol=atol, cond=cond
-            )
+        x1 = integrate(
+            self.network, x0, steps=steps, method=method, rtol=rtol, atol=atol, cond=cond
+        )
         sequence = self.action_normalizer.restore(x1.reshape(shape))
         now = config.n_obs - 1
         return {"action": sequence[:, now : now + config.n_action], "action_pred": sequence}
-
-    def _route(self, x0: Tensor, steps: int | None, method: str) -> AbstractContextManager[None]:
-        """Take single steps where the kernels of whole solves would only begin by then."""
-        tableau = find_method(method).tableau
-        few = steps is not None and tableau is not None and steps * tableau.stages < FEW
-        alone = len(x0) == 1 and self._large and x0.device.type == "cpu"
-        return fused("off") if few and alone and fusion_mode() == "auto" else nullcontext()
 
     def _condition(self, obs: Tensor) -> Tensor:
         """Give the network's condition, [n, cond_dim], of observations [n, n_obs, obs_dim]."""
@@ -270,6 +255,7 @@ def _check(name: str, value: Tensor, shape: tuple[int, int]) -> None:
     if not isinstance(value, Tensor) or value.ndim != 3 or tuple(value.shape[1:]) != shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{name}: expected a tensor [n, {shape[0]}, {shape[1]}], got {got}")
-    # sync: on a GPU this waits; a NaN would otherwise drive a robot.
-    if not bool(torch.isfinite(value).all()):
+    # A NaN would otherwise drive a robot. The sum is cheaper to look at; that of large numbers may
+    # be infinite. sync: on a GPU this waits.
+    if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
         raise InputError(f"{name}: holds NaN or infinite values; check the sensor or the data")

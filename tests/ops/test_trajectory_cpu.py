@@ -95,6 +95,68 @@ def test_every_network(isa, name, keep) -> None:
             check(program, inputs, keep, dtype)
 
 
+# Wide enough that a few rows read the weights where they lie; the last ones do not fit the cache.
+WIDE = {
+    "odd widths": (chain(37, (70, 131), "silu", time="tables", cond=True), 4),
+    "narrow state": (chain(3, (150, 90), "tanh"), 3),
+    "narrow value": (chain(40, (60, 5, 64), "gelu"), 2),
+    "skips": (chain(45, (90, 90), "sigmoid", skips=True, cond=True), 6),
+    "viscosity on an MLP": (viscosity(33, 72, 3, base=True), 4),
+    "large": (chain(21, (300, 450), "softplus", 1.5, time="tables"), 9),
+}
+
+
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+@pytest.mark.parametrize("name", WIDE)
+def test_few_rows_of_wide_networks(isa, name, keep) -> None:
+    """Alone, in one block of rows, and in several: by one evaluation, and by many."""
+    (network, shapes), most = WIDE[name]
+    for batch in (1, 2, 3, most):
+        for method, steps in (("euler", 1), ("midpoint", 1), ("heun3", 3)):
+            program = make_program(network, method, steps)
+            inputs = make_inputs(network, shapes, batch, program.steps * program.stages)
+            for dtype in (torch.float32, torch.float64):
+                check(program, inputs, keep, dtype)
+                found, _ = cpu.KERNELS.forward(program, cast(inputs, dtype), "nothing")
+                kept, _ = cpu.KERNELS.forward(program, cast(inputs, dtype), keep)
+                assert torch.equal(found, kept)
+
+
+def test_weights_are_read_within_their_rows(isa) -> None:
+    """Next to the columns of a wide tensor lie NaN; nothing keeps the weights of an older solve."""
+    network, shapes = chain(3, (150, 90), "tanh")
+    program = make_program(network)
+    for dtype in (torch.float32, torch.float64):
+        inputs = make_inputs(network, shapes, 1, 1, dtype)
+        expected, _ = cpu.KERNELS.forward(program, inputs, "nothing")
+        wide = [
+            torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=dtype)[..., :-3].copy_(x)
+            for x in inputs.parameters
+        ]
+        found, _ = cpu.KERNELS.forward(program, rebuild(inputs, [inputs.y0, *wide]), "nothing")
+        assert torch.equal(found, expected)
+        inputs.parameters[2].data.neg_()
+        changed, _ = cpu.KERNELS.forward(program, inputs, "nothing")
+        exact = solve(REFERENCE, program, cast(inputs, torch.float64))[0]
+        torch.testing.assert_close(changed.double(), exact, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(changed, expected)
+
+
+def test_an_adaptive_solve_of_one_row_of_a_wide_network(isa) -> None:
+    network, shapes = chain(21, (300, 450), "softplus", 1.5)
+    tableau, control = METHODS_BY_NAME["bosh3"].tableau, Control(1e-4, 1e-4)
+    inputs = make_inputs(network, shapes, 1, 0)
+    for keep in ("inputs", "activations"):
+        found = cpu.KERNELS.adaptive(network, tableau, control, inputs, [0.0, 1.0], keep)
+        expected = solve(REFERENCE, found.program, inputs)
+        grad = torch.linspace(-1, 1, found.out.numel(), dtype=torch.float64)
+        gradients = cpu.KERNELS.backward(
+            found.program, inputs, found.kept, grad.reshape(found.out.shape), everything(inputs)
+        )
+        for x, y in zip(expected, [found.out, *flatten(gradients)], strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("keep", ["inputs", "activations"])
 @pytest.mark.parametrize("name", RESIDUALS)
 def test_v_and_gav_as_one_field(isa, name, keep) -> None:

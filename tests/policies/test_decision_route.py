@@ -1,4 +1,4 @@
-"""Which way a decision takes: kernels of whole solves, or single steps where those are sooner."""
+"""Decisions run in one kernel call, as single steps would, and with the weights of the moment."""
 
 from __future__ import annotations
 
@@ -6,65 +6,66 @@ import pytest
 import torch
 
 from fmft_fast import fused
-from fmft_fast.policies import FlowPolicy, PolicyConfig, policy
-from fmft_fast.solvers.whole_solve import fusion_mode
+from fmft_fast.policies import FlowPolicy, PolicyConfig
+from fmft_fast.solvers.whole_solve import Mode
 
 
-@pytest.fixture
-def modes(monkeypatch):
-    """What the fusion mode was in each solve of a policy."""
-    seen, integrate = [], policy.integrate
-
-    def watched(*args, **kwargs):
-        seen.append(fusion_mode())
-        return integrate(*args, **kwargs)
-
-    monkeypatch.setattr(policy, "integrate", watched)
-    return seen
+def make_policy(dtype=torch.float32):
+    torch.manual_seed(0)
+    options = {"width": 72, "blocks": 2}
+    policy = FlowPolicy(PolicyConfig(obs_dim=3, action_dim=2, network_options=options))
+    for outer in policy.network.get_submodule("outer").children():
+        torch.nn.init.xavier_normal_(outer.get_parameter("weight"))
+    return policy.to(dtype).eval()
 
 
-@pytest.fixture
-def make(monkeypatch):
-    """Make a policy that counts as large, or not."""
+def decide(policy, batch=1, mode: Mode = "auto", **settings):
+    """The actions for fixed observations and noise."""
+    g = torch.Generator().manual_seed(1)
+    like = next(policy.parameters())
+    obs, noise = (torch.randn(batch, *s, generator=g).to(like) for s in ((2, 3), (16, 2)))
+    with fused(mode):
+        return policy.predict_action({"obs": obs}, noise=noise, **settings)["action_pred"]
 
-    def make(large=True):
-        monkeypatch.setattr(policy, "LARGE", 0 if large else 10**9)
-        torch.manual_seed(0)
-        config = PolicyConfig(obs_dim=3, action_dim=2, network_options={"width": 16})
-        return FlowPolicy(config).eval()
 
-    return make
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize(
+    "settings", [{"steps": 1}, {"steps": 7}, {"steps": 2, "method": "rk4"}], ids=str
+)
+def test_a_decision_is_one_call_with_the_actions_of_single_steps(batch, settings):
+    exact = decide(make_policy(torch.float64), batch, "off", **settings)
+    policy = make_policy()
+    found = decide(policy, batch, **settings)
+    assert torch.equal(found, decide(policy, batch, "require", **settings))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def add_to_data(p):
+    p.data.add_(0.25)
+
+
+def write_through_numpy(p):
+    p.detach().numpy()[...] += 0.25
+
+
+def write_through_a_view(p):
+    torch.as_strided(p.detach(), (p.numel(),), (1,)).add_(0.25)
+
+
+def take_new_memory(p):
+    p.data = p.data + 0.25
 
 
 @pytest.mark.parametrize(
-    ("large", "batch", "settings", "mode"),
-    [
-        (True, 1, {"steps": 1}, "off"),
-        (True, 1, {"steps": policy.FEW - 1}, "off"),
-        (True, 1, {"steps": policy.FEW}, "auto"),
-        (True, 1, {"steps": 2, "method": "rk4"}, "auto"),  # 8 evaluations
-        (True, 2, {"steps": 1}, "auto"),
-        (False, 1, {"steps": 1}, "auto"),
-        (True, 1, {"steps": None, "method": "dopri5", "rtol": 1e-3}, "auto"),
-    ],
+    "change", [add_to_data, write_through_numpy, write_through_a_view, take_new_memory]
 )
-def test_a_decision_alone_of_few_evaluations_takes_single_steps(
-    modes, make, large, batch, settings, mode
-):
-    make(large).predict_action({"obs": torch.zeros(batch, 2, 3)}, **settings)
-    assert modes == [mode] and fusion_mode() == "auto"
-
-
-def test_what_the_caller_asks_for_stays(modes, make):
-    with fused("require"):
-        make().predict_action({"obs": torch.zeros(1, 2, 3)}, steps=1)
-    assert modes == ["require"]
-
-
-def test_both_ways_give_the_same_actions(make):
-    large, obs, noise = make(), torch.randn(1, 2, 3), torch.randn(1, 16, 2)
-    with fused("require"):
-        kernels = large.predict_action({"obs": obs}, steps=4, noise=noise)
-    steps = large.predict_action({"obs": obs}, steps=4, noise=noise)
-    for name in ("action", "action_pred"):
-        torch.testing.assert_close(kernels[name], steps[name], rtol=1e-5, atol=1e-6)
+def test_every_change_of_a_weight_shows_in_the_next_decision(change):
+    """Also those that torch does not count; tables of time are kept while nothing has changed."""
+    policy = make_policy()
+    for name, p in policy.network.state_dict(keep_vars=True).items():
+        before = decide(policy, steps=2)
+        change(p)
+        found = decide(policy, steps=2)
+        assert not torch.equal(found, before), name
+        torch.testing.assert_close(found, decide(policy, mode="off", steps=2), rtol=1e-4, atol=1e-5)
+        p.data.sub_(0.25)
