@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "../cpu/step.h"
 #include "../cpu/threads.h"
 #include "step_call.h"
@@ -53,6 +55,13 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("dense_eval", &dense_eval);
   bind_trajectories(module);
   bind_per_sample(module);
+  module.def("same_bytes", [](const Addresses& a, const Addresses& b,
+                              const std::vector<size_t>& sizes) {
+    py::gil_scoped_release release;
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (memcmp(pointer<const void>(a.at(i)), pointer<const void>(b.at(i)), sizes[i])) return false;
+    return true;
+  });
   module.def("memory_use", [] {
     const cpu::MemoryUse use = cpu::memory_use();
     return py::make_tuple(use.live, use.scratch, use.peak);

@@ -97,11 +97,13 @@ class Normalizer(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Map raw numbers [..., dim] to the common range."""
-        return (self._check(x) - self.offset) / self.scale
+        scale, offset = self._check(x)
+        return (x - offset) / scale
 
     def restore(self, x: Tensor) -> Tensor:
         """Map numbers [..., dim] of the common range back to raw ones."""
-        return self._check(x) * self.scale + self.offset
+        scale, offset = self._check(x)
+        return x * scale + offset
 
     def forward(self, x: Tensor) -> Tensor:
         """Do the same as `normalise`."""
@@ -111,10 +113,12 @@ class Normalizer(nn.Module):
         """Tell the number of dimensions."""
         return f"dim={len(self.scale)}"
 
-    def _check(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != self.scale.shape:
+    def _check(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give scale and offset, of x's width."""
+        scale = self.scale
+        if x.shape[-1:] != scale.shape:
             raise InputError(
-                f"x: expected shape [..., {len(self.scale)}], got {list(x.shape)}; "
+                f"x: expected shape [..., {len(scale)}], got {list(x.shape)}; "
                 f"use the normaliser that was fitted to this quantity"
             )
-        return x
+        return scale, self.offset

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from fmft_fast.errors import InputError
-from fmft_fast.solvers import solve
+from fmft_fast.solvers import fused, solve
+from fmft_fast.solvers.whole_solve import final_state
 
 
 def sample(
@@ -84,13 +86,22 @@ def integrate(
         raise InputError(f"batch must be at least 1, got {batch}")
     if cond is not None and len(cond) != len(x):
         raise InputError(f"expected {len(x)} conditions, one per row, got {len(cond)}")
-    ends = []
-    for start in range(0, len(x), batch):
-        rows = slice(start, start + batch)
-        with torch.no_grad():
-            solution = solve(
+
+    equal_steps = 0
+    if type(steps) is int and steps > 0 and type(t0) is type(t1) is float and rtol is atol is None:
+        equal_steps = 0 if torch.compiler.is_compiling() else steps
+
+    def end(x: Tensor, cond: Tensor | None) -> Tensor:
+        single_steps = nullcontext()
+        if equal_steps:
+            found = final_state(field, x, (t0, t1), equal_steps, method, backend, cond)
+            if found is not None:
+                return found
+            single_steps = fused("off")
+        with single_steps:
+            return solve(
                 field,
-                x[rows],
+                x,
                 t0,
                 t1,
                 method=method,
@@ -99,10 +110,15 @@ def integrate(
                 atol=atol,
                 gradient="none",
                 backend=backend,
-                cond=None if cond is None else cond[rows],
-            )
-        ends.append(solution.y)
-    return torch.cat(ends) if ends else x.clone()
+                cond=cond,
+            ).y
+
+    with torch.no_grad():
+        if 0 < len(x) <= batch:
+            return end(x, cond)
+        parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
+        ends = [end(x[rows], None if cond is None else cond[rows]) for rows in parts]
+        return torch.cat(ends) if ends else x.clone()
 
 
 def _noise(field, n: int, state: Sequence[int] | None, seed: int) -> Tensor:

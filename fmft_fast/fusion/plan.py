@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,15 @@ from ..ops.network import Inputs, Network, evaluate
 from .assembly import Found
 from .compare import alike, generalise
 from .effects import Watch
-from .hoist import Values, conditions, fitted, rows_suffice, tables_by_rows, tables_by_times
+from .hoist import (
+    Fitted,
+    KeptTables,
+    Recipe,
+    conditions,
+    rows_suffice,
+    tables_by_rows,
+    tables_by_times,
+)
 from .recognise import Recogniser
 from .refusal import Refusal
 from .tracer import Trace, record
@@ -40,9 +49,14 @@ class Plan:
         self.needs_tables = bool(found.tables)
         self.plain = all(node.tensor is not None for node in found.parameters)
         self._tensors = [node.tensor for node in found.parameters]
-        self._times = fitted(found.tables, frozenset(["t"]))
-        self._conds = fitted(found.conds, frozenset(["cond"]))
-        self._by_rows = rows_suffice(self._times, axes, state) if self._times else False
+        self._times = Fitted(found.tables, frozenset(["t"]))
+        self._kept = KeptTables(self._times)
+        self._conds = Fitted(found.conds, frozenset(["cond"]))
+        self._rest = Recipe(
+            [*found.parameters, *found.tables, *found.conds],
+            known=[*self._times.nodes, *self._conds.nodes],
+        )
+        self._by_rows = rows_suffice(self._times, axes, state) if self._times.nodes else False
 
     def flatten(self, y: Tensor) -> Tensor:
         """A state [*lead, state] as [batch, state]."""
@@ -64,27 +78,28 @@ class Plan:
         """
         if self.plain and not self.found.tables and not self.found.conds:
             return Inputs(None, list(self._tensors))
-        values = Values((1,) * self.axes, {})
-        if self._times:
+        known: list[Tensor] = []
+        if self._times.nodes:
             assert times is not None
-            rows = self._by_rows
-            tables = (
-                tables_by_rows(self._times, times)
-                if rows
-                else tables_by_times(self._times, times, self.axes)
-            )
-            values.known.update(zip(self._times, tables, strict=True))
-        if self._conds:
+            known += self._kept.of(times, partial(self._tables, times))
+        if self._conds.nodes:
             assert cond is not None
             lead = tuple(cond.shape[: self.axes] if lead is None else lead)
-            found = conditions(self._conds, cond, lead)
-            values.known.update(zip(self._conds, found, strict=True))
+            known += conditions(self._conds, cond, lead)
+        values = self._rest.run((1,) * self.axes, {}, known)
+        first, second = len(self.found.parameters), len(values) - len(self.found.conds)
         return Inputs(
             None,
-            [_by_rows(values.of(node)) for node in self.found.parameters],
-            [values.of(node).contiguous() for node in self.found.tables],
-            [values.of(node).contiguous() for node in self.found.conds],
+            [_by_rows(x) for x in values[:first]],
+            [x.contiguous() for x in values[first:second]],
+            [x.contiguous() for x in values[second:]],
         )
+
+    def _tables(self, times: Tensor) -> list[Tensor]:
+        """The values that depend on time, for all stages."""
+        if self._by_rows:
+            return tables_by_rows(self._times, times)
+        return tables_by_times(self._times, times, self.axes)
 
     @property
     def flops(self) -> int:

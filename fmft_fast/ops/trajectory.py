@@ -48,6 +48,13 @@ class Program:
         """Size of the last step; None without steps."""
         return abs(self.h[-1].item()) if self.steps else None
 
+    def flat_times(self, dtype: torch.dtype) -> Tensor:
+        """The times of all stages [N s], on the host: the same tensor whenever it is asked for."""
+        made = self.__dict__.setdefault("_flat_times", {})
+        if dtype not in made:
+            made[dtype] = self.times.reshape(-1).to(dtype)
+        return made[dtype]
+
     @property
     def stages(self) -> int:
         """Number of stages s of a step."""

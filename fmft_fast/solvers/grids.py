@@ -32,7 +32,7 @@ def make_grid(t0: float | Tensor, t1: float | Tensor, steps: int | Tensor | None
                 f"steps must be a positive int or a tensor of times [N + 1], got {steps!r}"
             )
         if isinstance(t0, (int, float)) and isinstance(t1, (int, float)) and not is_traced():
-            return torch.tensor(_equal_times(t0, t1, count), dtype=torch.float64)
+            return torch.tensor(equal_times(t0, t1, count), dtype=torch.float64)
         grid = _equal_steps(t0, t1, count)
     direction_of(grid)
     return grid
@@ -46,7 +46,7 @@ def _equal_steps(t0: float | Tensor, t1: float | Tensor, count: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _equal_times(t0: float, t1: float, count: int) -> list[float]:
+def equal_times(t0: float, t1: float, count: int) -> list[float]:
     """The times of equal steps, remembered: they take longer than a small network's step."""
     grid = _equal_steps(t0, t1, count)
     direction_of(grid)

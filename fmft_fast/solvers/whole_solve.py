@@ -33,7 +33,9 @@ from ..ops.trajectory import (
 )
 from .attached import Solved, attach, wants_gradient
 from .fixed import Grid, make_grid, stage_times
+from .grids import equal_times
 from .inputs import Problem, real_dtype
+from .methods import find_method
 from .stats import SolveStats, report
 from .tableau import Tableau
 
@@ -102,7 +104,7 @@ class Route:
             y0: initial state.
             low_memory: keep stage inputs only, unless the activations are few.
         """
-        inputs = self.bind(y0, program.times)
+        inputs = self.bind(y0, program)
         wants_grad = wants_gradient(inputs)
         keep = _what_to_keep(program, inputs, low_memory) if wants_grad else "nothing"
         with torch.no_grad():
@@ -140,11 +142,12 @@ class Route:
             out = self._attach(out, found.program, inputs, found.kept)
         return self.plan.restore(out, y0.shape[:-1]), found
 
-    def bind(self, y0: Tensor, times: Tensor | None) -> Inputs:
-        """The tensors of a solve; the times of all stages are only read for tables."""
+    def bind(self, y0: Tensor, program: Program | None) -> Inputs:
+        """The tensors of a solve; the times of a program are only read for tables."""
+        times = None
         if self.plan.needs_tables:
-            assert times is not None
-            times = place(times.reshape(-1).to(y0.dtype), y0.device)
+            assert program is not None
+            times = place(program.flat_times(y0.dtype), y0.device)
         inputs = self.plan.bind(times, self.cond, y0.shape[:-1])
         inputs.y0 = self.plan.flatten(y0)
         return inputs
@@ -249,7 +252,9 @@ def make_program(
 
 def _ends_finite(out: Tensor) -> bool:
     """Whether the final state on a host is finite, and so is its sum: one pass, at least cost."""
-    return out.device.type != "cpu" or math.isfinite(out[-1].sum().item())
+    if out.device.type != "cpu":
+        return True
+    return math.isfinite((out if len(out) == 1 else out[-1]).sum().item())
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -281,6 +286,37 @@ def obstacle(problem: Problem) -> str | None:
     if options.dtype != torch.float64:
         return f"option dtype is {options.dtype}"
     return None
+
+
+def final_state(
+    field: Callable[..., Tensor],
+    x0: Tensor,
+    times: tuple[float, float],
+    steps: int,
+    method: str,
+    backend: str = "auto",
+    cond: Tensor | None = None,
+) -> Tensor | None:
+    """Where equal steps of an explicit method lead from x0, in one kernel call.
+
+    To be called without gradient. That is what `solve` finds, sooner for want of all that goes with
+    it. None where kernels do not take it, or the result is not finite: single steps find out where.
+    """
+    tableau = find_method(method).tableau
+    if tableau is None or not tableau.explicit:
+        route_or_none(NotFusable(f"{method} is no explicit Runge-Kutta method"))
+        return None
+    tableau = tableau.advancing
+    route = route_or_none(find_route(field, x0, tableau.stages, backend, cond))
+    if route is None:
+        return None
+    network, grid = route.plan.network, equal_times(*times, steps)
+    program = make_program(network, tableau, grid, torch.float64, x0.dtype, (steps,))
+    states = route.solve(program, x0, low_memory=False)
+    if states is None:
+        return None
+    report(SolveStats(method, steps * program.stages, steps, 0, program.last_step))
+    return states[0]
 
 
 def integrate_fused(problem: Problem) -> Tensor | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmft_fast.errors import InputError
+from fmft_fast import fused, record_stats, solve
+from fmft_fast.errors import InputError, NonFiniteError
 from fmft_fast.fields import MLP
 from fmft_fast.flow import integrate, sample
 
@@ -64,3 +65,27 @@ def test_wrong_arguments_are_refused():
         sample(MLP(2), torch.zeros(3, 2), steps=1, cond=torch.zeros(2, 1))
     with pytest.raises(InputError, match="batch"):
         sample(MLP(2), torch.zeros(3, 2), steps=1, batch=0)
+
+
+def test_equal_steps_in_one_call_end_where_solve_ends():
+    """At once where kernels take the field, else by single steps; each counted, each on request."""
+    field, x = MLP(2, (16,)), torch.randn(7, 2)
+
+    def branching(t, x):
+        return -x if float(x.sum()) > 0 else x  # a branch on a value cannot be fused
+
+    for velocity in (field, branching):
+        for method in ("euler", "rk4", "implicit_euler"):
+            with record_stats() as log:
+                found = integrate(velocity, x, steps=3, method=method, batch=4)
+            want = solve(velocity, x[:4], 0.0, 1.0, steps=3, method=method, gradient="none")
+            torch.testing.assert_close(found[:4], want.y)
+            assert [s.accepted for s in log] == [3, 3]
+            assert log[0].evaluations == want.stats.evaluations
+            if velocity is branching or method == "implicit_euler":
+                with fused("require"), pytest.raises(InputError, match="cannot be fused"):
+                    integrate(velocity, x, steps=3, method=method)
+    with pytest.raises(InputError, match="steps"):
+        integrate(field, x, steps=0)
+    with pytest.raises(NonFiniteError, match="step 1 of 3"):
+        integrate(lambda t, x: x * torch.where(t > 0.3, torch.inf, 1.0), x, steps=3)
