@@ -16,14 +16,23 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fmft_fast.errors import CouplingWarning, InputError
-from fmft_fast.flow.paths import check_share, noise_like, refreshed
+from fmft_fast.flow.pairing import (
+    Coupling,
+    KeptPairs,
+    Pairs,
+    check_at_least,
+    check_data,
+    choose_rows,
+    draw_rows,
+)
+from fmft_fast.flow.paths import check_share, noise_like
 from fmft_fast.flow.sampling import integrate
 from fmft_fast.flow.transport import (
     chunks,
@@ -34,74 +43,6 @@ from fmft_fast.flow.transport import (
 )
 
 COND_WEIGHT = 100.0
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Rows that belong together: noise x0, data x1 (both [batch, *state]) and x1's condition."""
-
-    x0: Tensor
-    x1: Tensor
-    cond: Tensor | None = None
-
-
-class Coupling:
-    """A rule that pairs noise with data; see the module's text for its use."""
-
-    name: ClassVar[str]
-    per_batch: ClassVar[bool] = False
-    _data: tuple[Tensor, Tensor | None] | None = None
-
-    def fit(
-        self,
-        x1: Tensor,
-        cond: Tensor | None = None,
-        *,
-        field: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Coupling:
-        """Learn what the coupling needs from the data set and keep it; returns itself.
-
-        Args:
-            x1: the data set, [n, *state].
-            cond: its conditions, [n, ...].
-            field: the pre-trained field; only `inversion` reads it.
-            generator: source of every random choice.
-
-        Raises:
-            InputError: the data are empty, not finite, or do not match their conditions.
-        """
-        check_data(x1, cond)
-        self._data = (x1, cond)
-        self._learn(x1, cond, field, generator)
-        return self
-
-    def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
-        """Draw `batch` pairs; a function of the fit and the generator's state alone."""
-        x1, cond = self._fitted()
-        rows = draw_rows(len(x1), batch, x1.device, generator)
-        return self.pair(x1[rows], None if cond is None else cond[rows], generator=generator)
-
-    def pair(
-        self, x1: Tensor, cond: Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> Pairs:
-        """Pair a batch x1 [batch, *state] with fresh noise; couplings with `per_batch` only."""
-        raise InputError(
-            f"{self.name!r} pairs a whole data set: call fit(x1) once, then sample(batch)"
-        )
-
-    def _learn(
-        self, x1: Tensor, cond: Tensor | None, field: Any, generator: torch.Generator | None
-    ) -> None:
-        """Do what `fit` needs besides keeping the data."""
-
-    def check_reconstruction(self, x1: Tensor, cond: Tensor | None = None) -> None:
-        """Warn (CouplingWarning) if reconstruction training with this coupling loses variance."""
-
-    def _fitted(self) -> tuple[Tensor, Tensor | None]:
-        if self._data is None:
-            raise InputError(f"{self.name!r} has no data yet: call fit(x1) before sample(batch)")
-        return self._data
 
 
 class Independent(Coupling):
@@ -153,7 +94,7 @@ class OTMinibatch(Coupling):
 
 
 @dataclass
-class OTFixed(Coupling):
+class OTFixed(KeptPairs):
     """One exact optimal-transport pairing of K noise and K data points, made once.
 
     Args:
@@ -182,12 +123,6 @@ class OTFixed(Coupling):
         x1, cond = x1[rows], None if cond is None else cond[rows]
         self._data = (x1, cond)
         self._pairs = pair_by_ot(noise_like(x1, generator), x1, cond, self.cond_weight)
-
-    def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
-        """Draw `batch` of the K pairs."""
-        x1, _ = self._fitted()
-        pairs = _take(self._pairs, draw_rows(len(x1), batch, x1.device, generator))
-        return replace(pairs, x0=refreshed(pairs.x0, self.refresh, generator))
 
 
 @dataclass
@@ -290,7 +225,7 @@ class OTSemidiscrete(Coupling):
 
 
 @dataclass
-class Inversion(Coupling):
+class Inversion(KeptPairs):
     """Noise that the pre-trained field itself carries to x1: its reverse-time solve of x1.
 
     It removes the error of few steps and nothing else, and never collapses.
@@ -336,15 +271,9 @@ class Inversion(Coupling):
             )
         self._pairs = Pairs(x0, x1, cond)
 
-    def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
-        """Draw `batch` of the solved pairs."""
-        x1, _ = self._fitted()
-        pairs = _take(self._pairs, draw_rows(len(x1), batch, x1.device, generator))
-        return replace(pairs, x0=refreshed(pairs.x0, self.refresh, generator))
-
 
 @dataclass
-class Reflow(Coupling):
+class Reflow(KeptPairs):
     """Fresh noise, and where the pre-trained field carries it: its solves replace the data.
 
     Like `Inversion` it removes the error of few steps and nothing else, so no mode is lost, but
@@ -386,12 +315,6 @@ class Reflow(Coupling):
         if not bool(torch.isfinite(ends).all()):
             raise InputError(f"the solve left the finite numbers; raise steps (now {self.steps})")
         self._pairs = Pairs(x0, ends, told)
-
-    def sample(self, batch: int, *, generator: torch.Generator | None = None) -> Pairs:
-        """Draw `batch` of the solved pairs."""
-        self._fitted()
-        x0 = self._pairs.x0
-        return _take(self._pairs, draw_rows(len(x0), batch, x0.device, generator))
 
 
 COUPLINGS: dict[str, type[Coupling]] = {
@@ -440,45 +363,6 @@ def pair_by_ot(
         rows = (groups == code).nonzero().squeeze(1)
         order[rows] = rows[optimal_permutation(target[rows], source[rows])]
     return Pairs(x0[order], x1, cond)
-
-
-def check_data(x1: Tensor, cond: Tensor | None) -> None:
-    """Refuse data that no coupling can serve."""
-    if x1.ndim < 2 or len(x1) == 0 or not x1.is_floating_point():
-        raise InputError(
-            f"data must be floating point [n, *state] with n >= 1, got {x1.dtype} {list(x1.shape)}"
-        )
-    # sync: once per pairing; a NaN would otherwise surface as a meaningless permutation.
-    if not bool(torch.isfinite(x1).all()):
-        raise InputError("data hold NaN or infinite values; clean them first")
-    if cond is not None and (cond.ndim < 1 or len(cond) != len(x1)):
-        raise InputError(f"expected {len(x1)} conditions, one per row, got {list(cond.shape)}")
-
-
-def check_at_least(option: str, value: float, low: float) -> None:
-    """Refuse an option below its minimum."""
-    if not value >= low:
-        raise InputError(f"{option} must be at least {low}, got {value}")
-
-
-def draw_rows(
-    n: int, batch: int, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Draw `batch` row numbers below n, with replacement."""
-    check_at_least("batch", batch, 1)
-    place = device if generator is None else generator.device
-    return torch.randint(n, (batch,), generator=generator, device=place).to(device)
-
-
-def choose_rows(n: int, k: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Choose min(n, k) different row numbers."""
-    place = device if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=place)[:k].to(device)
-
-
-def _take(pairs: Pairs, rows: Tensor) -> Pairs:
-    cond = None if pairs.cond is None else pairs.cond[rows]
-    return Pairs(pairs.x0[rows], pairs.x1[rows], cond)
 
 
 def _unexplained_variance(x1: Tensor, cond: Tensor) -> float:
