@@ -102,13 +102,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--from",
         dest="start",
         metavar="CHECKPOINT",
-        help="pre-trained run or checkpoint (default: runs/TASK/pretrain)",
+        help="pre-trained run, checkpoint or saved policy (default: runs/TASK/pretrain)",
     )
     _add_run_options(sub, "finetune")
     sub = add("evaluate", run_evaluate, "Measure a checkpoint's samples against steps.")
     _add_task(sub)
     sub.set_defaults(configurable=True)
-    sub.add_argument("--checkpoint", required=True, help="run or checkpoint to measure")
+    sub.add_argument(
+        "--checkpoint", required=True, help="run, checkpoint or saved policy to measure"
+    )
     sub.add_argument("--steps", type=_counts, help="numbers of Euler steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of noise and fresh data")
     sub.add_argument("--out", type=Path, help="folder for results.json")

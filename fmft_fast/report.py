@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fmft_fast.tasks.base import HIGH, LOW
+
 Results = Mapping[int, Mapping[str, float]]
 
 
 def results_table(runs: Mapping[str, Results], floor: Mapping[str, float] | None = None) -> str:
     """Give a Markdown table: one row per measure and run, one column per number of steps.
+
+    Where a measure comes with the ends of an interval, they stand behind it in brackets.
 
     Args:
         runs: {"before": {steps: {measure: value}}, ...}, all with the same steps and measures.
@@ -33,14 +37,21 @@ def results_table(runs: Mapping[str, Results], floor: Mapping[str, float] | None
     if floor:
         header.append("real data")
     rows = []
-    for measure in first[steps[0]]:
+    for measure in (name for name in first[steps[0]] if not name.endswith((LOW, HIGH))):
         for i, (name, results) in enumerate(runs.items()):
             row = [measure if i == 0 else "", name]
-            row += [number(results[n][measure]) for n in steps]
+            row += [_with_interval(results[n], measure) for n in steps]
             if floor:
                 row.append(number(floor[measure]) if i == 0 and measure in floor else "")
             rows.append(row)
     return markdown([header, *rows])
+
+
+def _with_interval(row: Mapping[str, float], measure: str) -> str:
+    shown = number(row[measure])
+    if measure + LOW not in row:
+        return shown
+    return f"{shown} [{number(row[measure + LOW])}, {number(row[measure + HIGH])}]"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -15,6 +15,7 @@ from fmft_fast.envs.kitchen import Kitchen
 from fmft_fast.envs.pusht import PushT
 from fmft_fast.errors import MissingDependencyError
 from fmft_fast.policies import FlowPolicy
+from fmft_fast.report import results_table
 from fmft_fast.tasks import find_task, robot
 from fmft_fast.train import read_metrics
 from fmft_fast.train.config import read_toml
@@ -79,6 +80,15 @@ def test_three_commands_lead_from_demonstrations_to_a_filmed_policy(short, capsy
     videos = {file.name for file in Path("runs/pusht/evaluate/videos").iterdir()}
     assert {"none-n1.png", "gaussian-0.1-n4.png", "none-n1-seed0-start0.gif"} < videos
     assert len(videos) == 8 and not any("start1" in name for name in videos)
+
+
+def test_intervals_stand_behind_what_they_belong_to():
+    row = {"score": 0.5, "score, low": 0.4, "score, high": 0.625}
+    shown = results_table({"before": {1: row}, "after": {1: {**row, "score": 0.6}}})
+    assert shown.splitlines()[2:] == [
+        "| score   | before | 0.5 [0.4, 0.625] |",
+        "|         | after  | 0.6 [0.4, 0.625] |",
+    ]
 
 
 def test_a_saved_policy_is_tuned_as_the_run_it_comes_from(short):

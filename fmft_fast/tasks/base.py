@@ -15,6 +15,8 @@ from fmft_fast.train.config import Settings
 from fmft_fast.train.trainer import Evaluate
 
 STEPS = (1, 2, 5, 10, 100)
+# Measures with these endings are the ends of the interval of the measure without.
+LOW, HIGH = ", low", ", high"
 Rows = Tensor | tuple[Tensor, Tensor]
 Results = dict[int, dict[str, float]]
 Records = Sequence[Mapping[str, Any]]

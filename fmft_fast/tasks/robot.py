@@ -21,14 +21,13 @@ from fmft_fast.errors import ConfigError, ConfigWarning, MissingDependencyError
 from fmft_fast.policies import FlowPolicy, PolicyConfig
 from fmft_fast.policies.config import NETWORKS
 from fmft_fast.policies.saved import read_policy
-from fmft_fast.tasks.base import TASKS, Records, Results, Task, TaskData
+from fmft_fast.tasks.base import HIGH, LOW, TASKS, Records, Results, Task, TaskData
 from fmft_fast.train import Checkpoint, FitConfig
 from fmft_fast.train.config import Settings, key
 from fmft_fast.train.trainer import Evaluate
 
 STEPS = (1, 4, 16)
 SPLIT_SEED = 0  # the episodes held out are always the same
-LOW, HIGH = ", low", ", high"  # what the ends of an interval are called
 FIRST_WATCHED = 10_000  # starts rolled out while training lie apart from those of the evaluation
 
 
