@@ -183,7 +183,51 @@ inline void bind_per_sample(py::module_& module) {
              });
 }
 
+// (source, weight, bias, activation, its parameter, inputs, outputs), with -1 for what is absent.
+using LinkTuple = std::tuple<int, int, int, int, double, int64_t, int64_t>;
+
+struct Links {
+  std::vector<Link> links;
+};
+
+inline Links make_links(const std::vector<LinkTuple>& given) {
+  Links made;
+  for (const auto& [source, weight, bias, activation, parameter, inputs, outputs] : given)
+    made.links.push_back({source, weight, bias, static_cast<Activation>(activation), parameter,
+                          inputs, outputs});
+  return made;
+}
+
+// `values` are the addresses of the input and of every link's value, 0 where nobody wants it.
+inline void run_chain(const Links& made, int type, int64_t rows,
+                      const Addresses& parameters, const std::vector<int64_t>& leading,
+                      const Addresses& values) {
+  const std::vector<Link>& links = made.links;
+  const auto tensors = pointers<const void>(parameters);
+  auto room = pointers<void>(values);
+  Chain chain;
+  chain.type = number_type(type);
+  chain.rows = rows;
+  chain.links = links.data();
+  chain.count = static_cast<int>(links.size());
+  chain.parameters = tensors.data();
+  chain.leading = leading.data();
+  py::gil_scoped_release release;
+  const int64_t row = rows * (chain.type == Type::f64 ? 8 : 4);
+  int64_t bytes = 0;
+  for (const Link& link : links) bytes += link.outputs * row;
+  const cpu::Memory memory(bytes);
+  char* next = static_cast<char*>(memory.data());
+  for (size_t l = 0; l < links.size(); next += links[l++].outputs * row)
+    if (!room.at(l + 1)) room[l + 1] = next;
+  chain.values = room.data();
+  cpu::kernels_in_use().chain(chain);
+}
+
 inline void bind_trajectories(py::module_& module) {
+  py::class_<Links>(module, "Chain")
+      .def(py::init(&make_links))
+      .def("run", &run_chain);
   py::class_<cpu::Field>(module, "Field").def(py::init(&make_field));
   py::class_<cpu::Method>(module, "Method").def(py::init(&make_method));
   py::class_<cpu::Solve>(module, "Solve")

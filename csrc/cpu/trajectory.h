@@ -112,6 +112,26 @@ struct Attempt {
   int k[kMaxStages] = {};
 };
 
+// A value of few rows: a product with weights, or else the activation of an earlier value.
+struct Link {
+  int source = 0;               // 0 is the input, i + 1 the value of link i
+  int weight = -1, bias = -1;   // numbers of parameters
+  Activation activation = Activation::identity;
+  double parameter = 1;
+  int64_t inputs = 0, outputs = 0;
+};
+
+// Links one after the other; all values are dense.
+struct Chain {
+  Type type = Type::f32;
+  int64_t rows = 0;
+  const Link* links = nullptr;
+  int count = 0;
+  const void* const* parameters = nullptr;
+  const int64_t* leading = nullptr;
+  void* const* values = nullptr;  // the input, and then room for the value of every link
+};
+
 struct TrajectoryKernels {
   const char* isa;
   int vector_bytes;
@@ -130,6 +150,7 @@ struct TrajectoryKernels {
                       void* out);
   // The adjoint of a step, for rows with steps of their own.
   void (*step_back)(const Job&, const TileMemory&, const Attempt&);
+  void (*chain)(const Chain&);
 };
 
 const TrajectoryKernels& trajectory_portable();
@@ -190,6 +211,8 @@ struct Gradients {
   std::vector<void*> parameters, tables, conds;
   std::vector<int64_t> sizes, leading;  // of the parameters
 };
+
+const TrajectoryKernels& kernels_in_use();
 
 Kept trajectory_forward(const Solve& solve, Keep keep, void* out);
 void trajectory_backward(const Solve& solve, const Kept& kept, const void* grad,

@@ -308,9 +308,39 @@ void interpolate(const Job& job, const TileMemory& memory, const Attempt& attemp
   FMFT_BY_TYPE(interpolate, memory, attempt, weights, out);
 }
 
+template <class T>
+void chain_of(const Chain& chain) {
+  for (int l = 0; l < chain.count; ++l) {
+    const Link& link = chain.links[l];
+    const T* from = static_cast<const T*>(chain.values[link.source]);
+    T* to = static_cast<T*>(chain.values[l + 1]);
+    if (link.weight >= 0) {
+      const T* w = static_cast<const T*>(chain.parameters[link.weight]);
+      const T* bias =
+          link.bias < 0 ? nullptr : static_cast<const T*>(chain.parameters[link.bias]);
+      const Weights<T> weights{w, chain.leading[link.weight], link.outputs, link.inputs};
+      dot_weights(from, link.inputs, weights, to, link.outputs, false, chain.rows, bias, false);
+      continue;
+    }
+    const T parameter = static_cast<T>(link.parameter);
+    with_activation(link.activation, [=, &link, &chain](auto kind) {
+      each_vector<T>(chain.rows * link.outputs, [=](int64_t i, auto part) {
+        Vector<T> slope;
+        put<T>(to + i, activate<decltype(kind)::value, false>(get(from + i, part), parameter, slope),
+               part);
+      });
+    });
+  }
+}
+
+void chain(const Chain& call) {
+  call.type == Type::f64 ? chain_of<double>(call) : chain_of<float>(call);
+}
+
 constexpr TrajectoryKernels kTrajectoryKernels{
     FMFT_TEXT(FMFT_ISA), kVectorBytes, kBlockRows, kBlockVectors, pack,        forward,
-    backward,            start,        probe,      attempt,       interpolate, step_back};
+    backward,            start,        probe,      attempt,       interpolate, step_back,
+    chain};
 
 }  // namespace FMFT_ISA
 

@@ -61,6 +61,30 @@ def argument(node: Node, position: int, name: str, default: Any) -> Any:
     return node.kwargs.get(name, default)
 
 
+def activation_of(node: Node) -> tuple[str, float]:
+    """The kernels' name of an activation, and its slope.
+
+    Raises:
+        ValueError: with these arguments kernels do not know it.
+    """
+    name, slope = name_of(node), 1.0
+    if name == "leaky_relu":
+        slope = argument(node, 1, "negative_slope", 0.01)
+    elif name == "elu":
+        slope = argument(node, 1, "alpha", 1.0)
+        if set(node.kwargs) - {"alpha", "inplace"} or len(node.args) > 3:
+            raise ValueError("elu with further scales is no known activation")
+    elif name == "softplus":
+        slope = argument(node, 1, "beta", 1)
+        if argument(node, 2, "threshold", 20) != 20:
+            raise ValueError("softplus has a threshold other than 20")
+    elif name == "gelu":
+        name = {"none": "gelu", "tanh": "gelu_tanh"}[argument(node, 1, "approximate", "none")]
+    if not isinstance(slope, (int, float)) or not node.args:
+        raise ValueError(f"the slope of {name} is not a number")
+    return name, float(slope)
+
+
 def fill_of(node: Any) -> float | None:
     """The number that a constant consists of, if it is one everywhere."""
     if isinstance(node, (int, float)) and not isinstance(node, bool):

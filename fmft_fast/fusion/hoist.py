@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.copies import Copies, can_copy
+from .chains import chain_of
 from .tracer import Lead, Node
 
 
@@ -142,6 +143,7 @@ class Fitted:
     Attributes:
         nodes: of the fitted values.
         recipe: of the values before they are fitted, and `sizes` to which they are.
+        chain: the same for few rows, where the values are layers on the condition.
     """
 
     def __init__(self, into: Sequence[Node], kind: frozenset[str]) -> None:
@@ -159,7 +161,8 @@ class Fitted:
             elif node.name == "hoisted":
                 todo.extend(node.inputs())
         self.nodes = list(found)
-        self.recipe = Recipe([node.args[0] for node in self.nodes])
+        whole = [node.args[0] for node in self.nodes]
+        self.recipe, self.chain = Recipe(whole), chain_of(whole)
         self.sizes: list[int] = [node.args[1] for node in self.nodes]
 
 
@@ -230,7 +233,9 @@ def rows_suffice(fitted: Fitted, axes: int, like: Tensor) -> bool:
 
 def conditions(fitted: Fitted, cond: Tensor, lead: Sequence[int]) -> list[Tensor]:
     """Values [batch, width] of what depends on the condition."""
-    found = fitted.recipe.run(lead, {"cond": cond})
+    found = None if fitted.chain is None else fitted.chain.run(cond)
+    if found is None:
+        found = fitted.recipe.run(lead, {"cond": cond})
     return [
         value
         if len(lead) == 1 and value.shape == (*lead, size)

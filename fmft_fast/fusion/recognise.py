@@ -15,6 +15,7 @@ from .calls import (
     ROWWISE,
     SEVERAL,
     TAKES_SIZE,
+    activation_of,
     argument,
     fill_of,
     has_lead,
@@ -184,22 +185,10 @@ class Recogniser:
     # Handlers: one per name of a call on the state.
 
     def _activation(self, node: Node) -> Row:
-        name, slope = name_of(node), 1.0
-        if name == "leaky_relu":
-            slope = argument(node, 1, "negative_slope", 0.01)
-        elif name == "elu":
-            slope = argument(node, 1, "alpha", 1.0)
-            if set(node.kwargs) - {"alpha", "inplace"} or len(node.args) > 3:
-                raise self.refuse(node, "elu with further scales is no known activation")
-        elif name == "softplus":
-            slope = argument(node, 1, "beta", 1)
-            if argument(node, 2, "threshold", 20) != 20:
-                raise self.refuse(node, "softplus has a threshold other than 20")
-        elif name == "gelu":
-            approximate = argument(node, 1, "approximate", "none")
-            name = {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
-        if not isinstance(slope, (int, float)) or not node.args:
-            raise self.refuse(node, f"the slope of {name} is not a number")
+        try:
+            name, slope = activation_of(node)
+        except ValueError as error:
+            raise self.refuse(node, str(error)) from None
         parts = []
         for part in self.row(node.args[0]):
             if not part.terms:
@@ -209,7 +198,7 @@ class Recogniser:
                     "at once, or lies next to the state",
                     "add them after their own layers",
                 )
-            value = self.value_of(part, name, float(slope))
+            value = self.value_of(part, name, slope)
             parts.append(Affine(part.width, (Product(value, None),)))
         return tuple(parts)
 

@@ -1,0 +1,107 @@
+"""A chain of dense layers on few rows, in one call that reads every weight once, where it lies."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmft_fast.ops.network import ACTIVATIONS
+
+MAX_ROWS = 4
+TYPE_CODES = {torch.float32: 0, torch.float64: 1}
+
+try:
+    _cpu = importlib.import_module("fmft_fast._cpu")
+except ImportError:
+    _cpu = None
+
+
+class Link(NamedTuple):
+    """A value: a product with a matrix plus a bias, or the activation of an earlier value.
+
+    Attributes:
+        source: 0 for the input, i + 1 for the value of link i.
+        width: size of the value.
+        weight, bias: [width, size of the source] and [width], or None.
+        activation, slope: as in `Layer`, of a link without weight.
+    """
+
+    source: int
+    width: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    activation: str = "identity"
+    slope: float = 1.0
+
+
+class Chain:
+    """Links on one input.
+
+    Args:
+        width: size of the input.
+        links: in the order of evaluation.
+        wanted: numbers of the values that `run` gives, as in `Link.source`.
+    """
+
+    def __init__(self, width: int, links: Sequence[Link], wanted: Sequence[int]) -> None:
+        self._widths = [width, *(link.width for link in links)]
+        self._tensors: list[Tensor] = []
+        self._wanted = list(wanted)
+        self._links = [
+            (
+                link.source,
+                self._number(link.weight),
+                self._number(link.bias),
+                ACTIVATIONS.index(link.activation),
+                link.slope,
+                self._widths[link.source],
+                link.width,
+            )
+            for link in links
+        ]
+        self._compiled = None if _cpu is None else _cpu.Chain(self._links)
+
+    def run(self, x: Tensor) -> list[Tensor] | None:
+        """The wanted values [rows, width] of x [rows, width], without a graph.
+
+        None where torch has to do it: for many rows, with gradients, or not on the host.
+        """
+        compiled = self._compiled
+        if compiled is None or not self._takes(x):
+            return None
+        rows = len(x)
+        found = {i: x.new_empty(rows, self._widths[i]) for i in self._wanted}
+        values = [0] * len(self._widths)
+        values[0] = x.data_ptr()
+        for i, value in found.items():
+            values[i] = value.data_ptr()
+        compiled.run(
+            TYPE_CODES[x.dtype],
+            rows,
+            [w.data_ptr() for w in self._tensors],
+            [w.stride(0) for w in self._tensors],
+            values,
+        )
+        return [found[i] for i in self._wanted]
+
+    def _takes(self, x: Tensor) -> bool:
+        return (
+            not torch.is_grad_enabled()
+            and x.ndim == 2
+            and 0 < len(x) <= MAX_ROWS
+            and x.shape[1] == self._widths[0]
+            and x.dtype in TYPE_CODES
+            and x.is_cpu
+            and x.is_contiguous()
+            and all(w.dtype is x.dtype and w.is_cpu and w.is_contiguous() for w in self._tensors)
+        )
+
+    def _number(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        self._tensors.append(tensor)
+        return len(self._tensors) - 1
