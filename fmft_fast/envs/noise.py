@@ -80,7 +80,8 @@ class ObservationNoise:
         """
         kind, colon, level = text.partition(":")
         try:
-            return cls(kind, float(level) if colon else 0.0)
+            # Without its level a noise would be none, and a policy look robust.
+            return cls(kind, float(level) if colon or kind != "none" else 0.0)
         except ValueError as error:
             raise InputError(
                 f"noise: expected none, gaussian:LEVEL or salt-pepper:LEVEL, got {text!r} ({error})"

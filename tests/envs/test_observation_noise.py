@@ -84,6 +84,7 @@ def test_the_text_form_goes_both_ways(text):
     [
         (lambda: ObservationNoise.parse("fog:0.1"), "gaussian:LEVEL .* got 'fog:0.1'"),
         (lambda: ObservationNoise.parse("gaussian:much"), "got 'gaussian:much'"),
+        (lambda: ObservationNoise.parse("gaussian"), "gaussian:LEVEL .* got 'gaussian'"),
         (lambda: ObservationNoise("gaussian", -0.1), "level of gaussian: expected from 0 on"),
         (lambda: ObservationNoise("gaussian", float("nan")), "got nan"),
         (lambda: ObservationNoise("salt-pepper", 1.5), "from 0 to 1, got 1.5"),
