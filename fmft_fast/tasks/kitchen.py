@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fmft_fast.data import Episodes
+from fmft_fast.errors import InputError
 from fmft_fast.tasks.base import register
 from fmft_fast.tasks.robot import RobotTask
 
@@ -34,8 +35,14 @@ class KitchenTask(RobotTask):
 
 
 def _first(episodes: Episodes, names: Sequence[str]) -> np.ndarray:
-    """Give the first of these arrays that is there, or say that the first one is not."""
-    return episodes.columns(next((name for name in names if name in episodes.arrays), names[0]))
+    """Give the first of these arrays that is there."""
+    for name in names:
+        if name in episodes.arrays:
+            return episodes.columns(name)
+    raise InputError(
+        f"data: expected demonstrations of kitchen, with an array {' or '.join(names)}, got "
+        f"{', '.join(episodes.arrays)}; see `fmft demonstrate kitchen`"
+    )
 
 
 TASK = register(KitchenTask())

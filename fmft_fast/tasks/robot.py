@@ -52,7 +52,7 @@ class RobotOptions(Settings):
     )
     workers: int = key(2, "processes of an evaluation", low=0)
     watch_starts: int = key(
-        0, "other initial states, rolled out at every evaluation of a run", low=0
+        0, "other initial states, rolled out while training: gives the metric failure", low=0
     )
     watch_steps: tuple[int, ...] = key((1,), "numbers of Euler steps of these roll-outs", low=1)
 

@@ -108,7 +108,7 @@ def test_kitchen_finds_what_each_format_calls_observations_and_actions(names, us
     arrays = {names[0]: torch.full((6, 3), 1.0).numpy(), names[1]: torch.full((6, 2), 2.0).numpy()}
     obs, action = find_task("kitchen").columns(Episodes(arrays, torch.tensor([3, 6]).numpy()))
     assert obs.shape == (6, 3) and (obs == 1).all() and (action == 2).all()
-    with pytest.raises(InputError, match="got 'obs'"):
+    with pytest.raises(InputError, match="an array obs or .* or observations_seq, got x; see"):
         find_task("kitchen").columns(Episodes({"x": arrays[names[0]]}, torch.tensor([6]).numpy()))
 
 
