@@ -205,10 +205,11 @@ struct RowEnd {
   }
 };
 
-// The products of MR rows of A with G rows of W, lane by lane.
+// The products of MR rows of A with G rows of W, lane by lane: those of a row of A lie together, L
+// vectors behind those of the row before.
 template <class T, int MR, int G>
 inline void lane_products(const T* a, int64_t lda, const Weights<T>& x, const T* const* w,
-                          Vector<T> (*sums)[Lanes<T>::count]) {
+                          Vector<T>* sums) {
   constexpr int L = Lanes<T>::count;
   Vector<T> sum[MR][G] = {};
   int64_t p = 0;
@@ -218,7 +219,7 @@ inline void lane_products(const T* a, int64_t lda, const Weights<T>& x, const T*
     for (int m = 0; m < MR; ++m) from[m] = load(a + m * lda + p);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) {
-      __builtin_prefetch(w[g] + G * x.ld + p);
+      __builtin_prefetch(w[g] + G * x.ld + p);  // of the rows that come next
       const Vector<T> weight = load(w[g] + p);
 #pragma GCC unroll 4
       for (int m = 0; m < MR; ++m) sum[m][g] += from[m] * weight;
@@ -236,7 +237,7 @@ inline void lane_products(const T* a, int64_t lda, const Weights<T>& x, const T*
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) sums[m][g] = sum[m][g];
+    for (int g = 0; g < G; ++g) sums[m * L + g] = sum[m][g];
 }
 
 // C[MR, n] (+)= A[MR, k] W^T.
@@ -249,15 +250,15 @@ __attribute__((noinline)) void dot_weights_of(const T* a, int64_t lda, const Wei
   constexpr int G = most < L ? most : L;
   each_vector<T>(x.n, [&](int64_t j, auto part) {
     const int count = count_of<T>(part);
-    Vector<T> sums[MR][L];
+    Vector<T> sums[MR * L];
     for (int g = 0; g < L; g += G) {
       const T* w[G];
       for (int i = 0; i < G; ++i) w[i] = x.w + (j + (g + i < count ? g + i : 0)) * x.ld;
-      lane_products<T, MR, G>(a, lda, x, w, reinterpret_cast<Vector<T>(*)[L]>(&sums[0][g]));
+      lane_products<T, MR, G>(a, lda, x, w, sums + g);
     }
     for (int m = 0; m < MR; ++m) {
       T* to = c + m * ldc + j;
-      Vector<T> y = lane_sums<T>(sums[m]);
+      Vector<T> y = lane_sums<T>(sums + m * L);
       if (first_row) y += get(first_row + j, part);
       if (add) y += get(to, part);
       put<T>(to, y, part);
