@@ -84,8 +84,9 @@ def integrate(
     """Carry x, [n, *state], from t0 to t1 in batches, without gradient; either may be the later."""
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
-    if cond is not None and len(cond) != len(x):
-        raise InputError(f"expected {len(x)} conditions, one per row, got {len(cond)}")
+    n = x.shape[0]
+    if cond is not None and cond.shape[0] != n:
+        raise InputError(f"expected {n} conditions, one per row, got {len(cond)}")
 
     equal_steps = 0
     if type(steps) is int and steps > 0 and type(t0) is type(t1) is float and rtol is atol is None:
@@ -114,9 +115,9 @@ def integrate(
             ).y
 
     with torch.no_grad():
-        if 0 < len(x) <= batch:
+        if 0 < n <= batch:
             return end(x, cond)
-        parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
+        parts = [slice(i, i + batch) for i in range(0, n, batch)]
         ends = [end(x[rows], None if cond is None else cond[rows]) for rows in parts]
         return torch.cat(ends) if ends else x.clone()
 

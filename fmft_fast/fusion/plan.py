@@ -90,9 +90,9 @@ class Plan:
         first, second = len(self.found.parameters), len(values) - len(self.found.conds)
         return Inputs(
             None,
-            [_by_rows(x) for x in values[:first]],
-            [x.contiguous() for x in values[first:second]],
-            [x.contiguous() for x in values[second:]],
+            list(map(_by_rows, values[:first])),
+            list(map(Tensor.contiguous, values[first:second])),
+            list(map(Tensor.contiguous, values[second:])),
         )
 
     def _tables(self, times: Tensor) -> list[Tensor]:
@@ -160,7 +160,9 @@ class Plan:
 
 
 def _by_rows(value: Tensor) -> Tensor:
-    return value if value.stride(-1) == 1 or value.numel() == 0 else value.contiguous()
+    if value.is_contiguous() or value.stride(-1) == 1 or value.numel() == 0:
+        return value
+    return value.contiguous()
 
 
 def make_plan(field: Callable, y0: Tensor, cond: Tensor | None, watch: Watch) -> Plan:

@@ -39,7 +39,7 @@ class Link(NamedTuple):
 
 
 class Chain:
-    """Links on one input.
+    """Links on one input, whose tensors keep their shapes, dtypes and devices.
 
     Args:
         width: size of the input.
@@ -63,6 +63,8 @@ class Chain:
             )
             for link in links
         ]
+        self._leading = [w.shape[-1] for w in self._tensors]
+        self._dtype = _dtype_of(self._tensors)
         self._compiled = None if _cpu is None else _cpu.Chain(self._links)
 
     def run(self, x: Tensor) -> list[Tensor] | None:
@@ -73,7 +75,7 @@ class Chain:
         compiled = self._compiled
         if compiled is None or not self._takes(x):
             return None
-        rows = len(x)
+        rows = x.shape[0]
         found = {i: x.new_empty(rows, self._widths[i]) for i in self._wanted}
         values = [0] * len(self._widths)
         values[0] = x.data_ptr()
@@ -83,7 +85,7 @@ class Chain:
             TYPE_CODES[x.dtype],
             rows,
             [w.data_ptr() for w in self._tensors],
-            [w.stride(0) for w in self._tensors],
+            self._leading,
             values,
         )
         return [found[i] for i in self._wanted]
@@ -92,12 +94,12 @@ class Chain:
         return (
             not torch.is_grad_enabled()
             and x.ndim == 2
-            and 0 < len(x) <= MAX_ROWS
+            and 0 < x.shape[0] <= MAX_ROWS
             and x.shape[1] == self._widths[0]
-            and x.dtype in TYPE_CODES
+            and x.dtype is self._dtype
             and x.is_cpu
             and x.is_contiguous()
-            and all(w.dtype is x.dtype and w.is_cpu and w.is_contiguous() for w in self._tensors)
+            and all(map(Tensor.is_contiguous, self._tensors))
         )
 
     def _number(self, tensor: Tensor | None) -> int:
@@ -105,3 +107,10 @@ class Chain:
             return -1
         self._tensors.append(tensor)
         return len(self._tensors) - 1
+
+
+def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype of tensors on the host that kernels take; None if there is none."""
+    kinds = {(x.dtype, x.device.type) for x in tensors}
+    known = kinds & {(dtype, "cpu") for dtype in TYPE_CODES}
+    return next(iter(known))[0] if len(kinds) == len(known) == 1 else None

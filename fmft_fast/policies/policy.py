@@ -140,12 +140,13 @@ class FlowPolicy(nn.Module):
         """
         config = self.config
         cond = self._condition(_entry(batch, "obs"))
-        shape = (len(cond), config.horizon, config.action_dim)
+        n = cond.shape[0]
+        shape = (n, config.horizon, config.action_dim)
         if noise is None:
             noise = torch.randn(shape, generator=generator)
         elif noise.shape != shape:
             raise InputError(f"noise: expected {list(shape)}, got {list(noise.shape)}")
-        x0 = noise.to(cond).reshape(len(cond), *config.state)
+        x0 = noise.to(cond).reshape(n, *config.state)
         x1 = integrate(
             self.network, x0, steps=steps, method=method, rtol=rtol, atol=atol, cond=cond
         )

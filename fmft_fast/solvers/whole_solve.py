@@ -107,7 +107,7 @@ class Route:
         inputs = self.bind(y0, program)
         wants_grad = wants_gradient(inputs)
         keep = _what_to_keep(program, inputs, low_memory) if wants_grad else "nothing"
-        with torch.no_grad():
+        with torch.set_grad_enabled(False):
             out, kept = self.kernels.forward(program, inputs, keep)
         if not _ends_finite(out):
             return None
@@ -254,7 +254,7 @@ def _ends_finite(out: Tensor) -> bool:
     """Whether the final state on a host is finite, and so is its sum: one pass, at least cost."""
     if out.device.type != "cpu":
         return True
-    return math.isfinite((out if len(out) == 1 else out[-1]).sum().item())
+    return math.isfinite((out if out.shape[0] == 1 else out[-1]).sum().item())
 
 
 def obstacle(problem: Problem) -> str | None:
