@@ -45,9 +45,7 @@ def dense_eval(
 def same_bytes(a: Sequence[int], b: Sequence[int], sizes: Sequence[int], /) -> bool: ...
 
 class Chain:
-    def __init__(
-        self, links: Sequence[tuple[int, int, int, int, float, int, int]], /
-    ) -> None: ...
+    def __init__(self, links: Sequence[tuple[int, int, int, int, float, int, int]], /) -> None: ...
     def run(
         self,
         type: int,
