@@ -96,6 +96,8 @@ def run(
         place.say(f"no pictures: {error}")
     else:
         place.say(f"pictures: {', '.join(map(str, files))}")
+        if film.stills:
+            place.say(f"videos: {film.folder}/*.gif")
     return content
 
 
@@ -131,7 +133,6 @@ class _Film:
     def __init__(self, folder: Path, frame_rate: float) -> None:
         self.folder, self.frame_rate = folder / "videos", frame_rate
         self.stills: dict[tuple[str, int], list[Episode]] = {}
-        self.files: list[Path] = []
 
     def add(self, row: dict[str, Any], episode: Episode) -> None:
         assert episode.frames is not None
@@ -143,17 +144,17 @@ class _Film:
             f"start{row['start']}",
         )
         file = self.folder / f"{'-'.join(words)}.gif"
-        self.files.append(write_gif(episode.frames, file, self.frame_rate))
+        write_gif(episode.frames, file, self.frame_rate)
         last = len(episode.frames) - 1
         chosen = [round(i * last / (SHEET_PICTURES - 1)) for i in range(SHEET_PICTURES)]
         still = dataclasses.replace(episode, frames=episode.frames[chosen])
         self.stills.setdefault((noise.replace(":", "-"), n), []).append(still)
 
     def finish(self) -> list[Path]:
-        sheets = [
+        """Write a contact sheet for each noise and number of steps."""
+        return [
             contact_sheet(
                 episodes, self.folder / f"{noise}-n{n}.png", pictures=SHEET_PICTURES, columns=1
             )
             for (noise, n), episodes in self.stills.items()
         ]
-        return [*sheets, *self.files]

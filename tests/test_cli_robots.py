@@ -79,6 +79,7 @@ def test_three_commands_lead_from_demonstrations_to_a_filmed_policy(short, capsy
     assert score["low"] <= score["mean"] <= score["high"] and score["n"] == 2
     videos = {file.name for file in Path("runs/pusht/evaluate/videos").iterdir()}
     assert {"none-n1.png", "gaussian-0.1-n4.png", "none-n1-seed0-start0.gif"} < videos
+    assert "videos: runs/pusht/evaluate/videos/*.gif" in table and table.count(".gif") == 1
     assert len(videos) == 8 and not any("start1" in name for name in videos)
 
 
@@ -146,6 +147,14 @@ def test_options_stand_in_a_file_and_the_command_line_lies_over_it(short):
     state = json.loads(Path("runs/pusht/pretrain/checkpoints/last/state.json").read_text())
     recipe = state["architecture"]["recipe"]["policy"]
     assert (recipe["horizon"], recipe["n_action"]) == (12, 3)
+
+
+def test_demonstrations_of_another_task_are_refused(capsys):
+    data = pusht_file(Path("demo.npz"))
+    assert fmft("pretrain", "kitchen", "--data", data) == 2
+    error = capsys.readouterr().err
+    assert "expected demonstrations of kitchen, with an array obs or" in error
+    assert "got state, keypoint, action" in error
 
 
 @pytest.mark.parametrize("name", ["2024", "2026-11-21", "1e3", "a,b", "true", 'say "5".npz'])
