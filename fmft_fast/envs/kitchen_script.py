@@ -1,7 +1,8 @@
 """Scripted demonstrations for Franka Kitchen, made in the simulator: the human ones are elsewhere.
 
 Each episode does some tasks, drawn at random as is their order, at a speed of its own, by ways
-that differ, and with a disturbed hand. What fails is not kept, and is counted.
+that differ, and with a disturbed hand, of which the file holds what was wanted: so a policy learns
+to come back (Laskey et al. 2017, DART, arXiv 1703.09327). What fails is not kept, and is counted.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SPEEDS = 1.0, 1.4  # of all moves of an episode, relative
 WANDER_M = 0.03  # of the end of the way through free space, standard deviation
 OFFSET_M = 0.003  # of all other places, the same within a task
 # The disturbance of an action is a random walk that forgets; its step, and what it keeps.
-NOISE, KEPT = 0.03, 0.8
+NOISE, KEPT = 0.06, 0.8
 
 Outcome = dict[str, Any]
 
@@ -53,11 +54,12 @@ def make_demonstrations(
 ) -> dict[str, Any]:
     """Write scripted demonstrations of Franka Kitchen to an .npz file of `Episodes`.
 
-    Arrays: `obs` [steps, 59] float32 as `Kitchen` gives it, `action` [steps, 9] float32 as it was
-    done, `task` [steps] int64, the index in `fmft_fast.envs.kitchen.TASKS` that the hand was about,
-    `start` [steps] int64, the simulator's start number (from it, the actions repeat the episode
-    exactly), and `scripted` [steps], true: the label of data that no human made. Beside it, the
-    same name ending in .json holds settings and success rates.
+    Arrays: `obs` [steps, 59] float32 as `Kitchen` gives it, `action` [steps, 9] float32, what was
+    wanted, which is what to imitate, `executed` [steps, 9] float32, what was done, which differs by
+    the disturbance, `task` [steps] int64, the index in `fmft_fast.envs.kitchen.TASKS` that the hand
+    was about, `start` [steps] int64, the simulator's start number (from it, `executed` repeats the
+    episode exactly), and `scripted` [steps], true: the label of data that no human made. Beside it,
+    the same name ending in .json holds settings and success rates.
 
     Episode i is the same whatever `episodes` and `workers` are. Finished episodes are kept in a
     folder beside the file while the work is under way: after an interruption, the same call goes
@@ -135,20 +137,21 @@ def record_attempt(
     """
     obs, speed, wave = env.reset(start), rng.uniform(*SPEEDS), np.zeros(9)
     arm, data = Arm(env.sim.model, env.sim.data), env.sim.data
-    rows: list[tuple[np.ndarray, np.ndarray, int]] = []
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
     for task in tasks:
         posture = np.array(SKILLS[task].posture)
         for move, goal in _way(arm, data, task, rng):
             wave = KEPT * wave + noise * np.append(rng.normal(size=7), (0.0, 0.0))
-            action = arm.act(dataclasses.replace(move, speed=speed * move.speed), goal, posture)
+            wanted = arm.act(dataclasses.replace(move, speed=speed * move.speed), goal, posture)
             # The simulator gets what the file will hold, to the last bit.
-            action = np.clip(action + move.calm * wave, -1.0, 1.0).astype(np.float32)
-            rows.append((obs, action, TASKS.index(task)))
-            obs, _ = env.step(action)
+            done = np.clip(wanted + move.calm * wave, -1.0, 1.0).astype(np.float32)
+            rows.append((obs, wanted.astype(np.float32), done, TASKS.index(task)))
+            obs, _ = env.step(done)
     arrays = {
         "obs": np.stack([row[0] for row in rows]),
         "action": np.stack([row[1] for row in rows]),
-        "task": np.array([row[2] for row in rows], dtype=np.int64),
+        "executed": np.stack([row[2] for row in rows]),
+        "task": np.array([row[3] for row in rows], dtype=np.int64),
         "start": np.full(len(rows), start, dtype=np.int64),
         "scripted": np.ones(len(rows), dtype=bool),
     }
@@ -255,7 +258,7 @@ def _check(path: Path, episodes: int, settings: dict[str, Any]) -> None:
             f"got {settings['tasks_each']}"
         )
     if not 0 <= settings["noise"] < 1:
-        raise InputError(f"noise: expected a number in [0, 1), got {settings['noise']}; try 0.03")
+        raise InputError(f"noise: expected a number in [0, 1), got {settings['noise']}; try {NOISE}")
 
 
 def _open_parts(path: Path, settings: dict[str, Any]) -> Path:

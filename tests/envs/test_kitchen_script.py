@@ -33,7 +33,7 @@ def test_actions_repeat_the_episode_in_the_registered_simulator(made):
     env = gym.make("FrankaKitchen-v1", disable_env_checker=True)
     for episode in list(read_episodes(made[0]))[:3]:
         obs, _ = env.reset(seed=FIRST_SEED + int(episode["start"][0]))
-        for seen, action in zip(episode["obs"], episode["action"], strict=True):
+        for seen, action in zip(episode["obs"], episode["executed"], strict=True):
             assert np.array_equal(seen, obs["observation"].astype(np.float32))
             obs, _, _, _, info = env.step(action)
         assert TASKS[episode["task"][-1]] in info["episode_task_completions"]
@@ -43,7 +43,7 @@ def test_actions_repeat_the_episode_in_the_registered_simulator(made):
 def test_the_file_is_labelled_and_holds_what_it_says(made):
     path, report = made
     episodes = read_episodes(path)
-    assert set(episodes.arrays) == {"obs", "action", "task", "start", "scripted"}
+    assert set(episodes.arrays) == {"obs", "action", "executed", "task", "start", "scripted"}
     assert episodes["scripted"].all() and episodes["scripted"].dtype == bool
     assert episodes["obs"].shape == (episodes.steps, 59)
     assert episodes["obs"].dtype == episodes["action"].dtype == np.float32
@@ -93,7 +93,7 @@ def test_failed_attempts_are_counted_and_not_kept(tmp_path, monkeypatch):
     seen: list = []
     monkeypatch.setattr(kitchen_script, "record_attempt", fail_first)
     path = tmp_path / "one.npz"
-    report = make_demonstrations(path, 1, seed=1, **QUICK)
+    report = make_demonstrations(path, 1, seed=1, noise=0.0, **QUICK)
     assert report["attempts"] == len(seen) == 2
     assert np.array_equal(read_episodes(path)["obs"], seen[1]["obs"])
     monkeypatch.setattr(kitchen_script, "ATTEMPTS", 1)
