@@ -9,7 +9,7 @@ import numpy as np
 from fmft_fast.data import Episodes
 from fmft_fast.errors import InputError
 from fmft_fast.tasks.base import register
-from fmft_fast.tasks.robot import RobotTask
+from fmft_fast.tasks.robot import RobotOptions, RobotTask
 
 # What the readers call observations and actions, in the order in which they are looked for:
 # scripted demonstrations, Minari (nested and flat, also D4RL), relay-policy-learning.
@@ -45,4 +45,4 @@ def _first(episodes: Episodes, names: Sequence[str]) -> np.ndarray:
     )
 
 
-TASK = register(KitchenTask())
+TASK = register(KitchenTask(RobotOptions(n_action=2, horizon=8)))
