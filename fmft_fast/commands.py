@@ -333,12 +333,13 @@ def begin(
 ) -> str:
     """Save the settings as config.toml, from which the same command can run again.
 
-    A resumed run keeps the file it has until it has ended well under the new settings.
+    A resumed run keeps the file it has until it has ended well under the new settings. What failed
+    before its first checkpoint leaves nothing to resume, and its file is written anew.
     """
     header = {"task": task.name, **({"from": str(start)} if start is not None else {})}
     text = f"{format_toml({**header, **options_table(task)})}\n{config.to_toml(name)}"
     file = place.out / "config.toml"
-    if not file.exists():
+    if not (file.exists() and (place.out / "checkpoints").exists()):
         place.out.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     elif not place.resume:

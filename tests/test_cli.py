@@ -197,6 +197,14 @@ def test_a_run_is_resumed_and_never_overwritten(capsys):
     assert read_metrics("a/metrics.jsonl")[-1]["step"] == 20
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_is_begun_anew(capsys):
+    short = ["--steps", "10", "--eval_every", "5", "--measure", "1", "--quiet", "--out", "b"]
+    assert fmft("pretrain", "tiny", *short, "--metric", "score", "--select", "best") == 2
+    assert "got 'score'" in capsys.readouterr().err
+    assert fmft("pretrain", "tiny", *short) == 0
+    assert "score" not in Path("b/config.toml").read_text()
+
+
 def test_a_run_older_than_a_key_goes_on_with_the_default_of_the_key():
     words = ["pretrain", "tiny", "--out", "a", "--measure", "1", "--quiet", "--steps"]
     assert fmft(*words, "10", "--lr", "0.001") == 0  # the package's; the task's own is 0.005
