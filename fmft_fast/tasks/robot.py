@@ -129,7 +129,7 @@ class RobotTask(Task):
 
     def data(self) -> str | None:
         """Give the path of the demonstrations, if anybody said where they are."""
-        return self.options.data or os.environ.get(data_variable(self.name))
+        return self.options.data or os.environ.get(data_variable(self.name)) or None
 
     def demonstrations(self) -> Episodes:
         """Read the demonstrations, once.
