@@ -19,18 +19,12 @@ from fmft_fast.train import FinetuneConfig
 
 # Steps of pre-training, in nine parts of which checkpoints are kept.
 PRETRAIN_STEPS = {"pusht": 9000, "kitchen": 9000}
+# Push-T's policies are pre-trained with uniform times, but for `FROM_EARLY`.
+TIME_POWER = {"pusht": 1.0, "kitchen": 2.0}
 LENGTH = "length"  # in units of the study's number of fine-tuning steps
 LONGEST = 4
-# What the variants have in common, whichever settings a task has of its own.
-COMMON: dict[str, Any] = {
-    "lr": 2e-3,
-    "warmup": 100,
-    "ema_decay": 0.999,
-    "coupling": "independent",
-    "solver_steps": (1,),
-    "fm_weight": 0.05,
-    "time_power": 2.0,
-}
+# What the variants have in common, whichever task it is.
+COMMON = dict(find_task("pusht").finetune)
 VARIANTS: dict[str, dict[str, Any]] = {
     "independent, FM at .05": {},
     "independent, FM at .05, twice as long": {LENGTH: 2},
@@ -58,7 +52,7 @@ BEFORE = "pre-trained"
 LONGER = "pre-trained, as long in all"
 EARLY = "pre-trained, early times favoured"
 NOT_TUNED = (BEFORE, LONGER, EARLY)
-# Pre-trained as the task is by default; all others with uniform times.
+# Pre-trained favouring early times, as the task is by default.
 FROM_EARLY = (EARLY, "early times favoured, then four times as long")
 WATCHED = {"watch_starts": 25, "watch_steps": (1,)}
 
@@ -72,7 +66,8 @@ def robot(name: str, **options: Any) -> RobotTask:
 
 def base_of(settings: Settings) -> Pretrained:
     """Name the policy that a cell starts from."""
-    power = 2.0 if settings.get("variant") in FROM_EARLY else 1.0
+    early = settings.get("variant") in FROM_EARLY
+    power = 2.0 if early else TIME_POWER[settings["task"]]
     steps = settings["pretrain_steps"]
     if settings.get("variant") == LONGER:
         steps += LONGEST * settings["finetune_steps"]

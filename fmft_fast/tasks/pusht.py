@@ -28,7 +28,7 @@ class PushTTask(RobotTask):
     # The human action is nearly decided by what is seen, so that independent pairs lose little; at
     # one step their loss is that of flow matching at t = 0, which keeps many steps good.
     finetune: Mapping[str, Any] = {
-        "steps": 6000,
+        "steps": 12000,
         "batch_size": 256,
         "lr": 2e-3,
         "warmup": 100,
