@@ -147,7 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = add("demonstrate", run_demonstrate, "Write scripted demonstrations of Franka Kitchen.")
     sub.add_argument("task", metavar="TASK", choices=["kitchen"], help="kitchen")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write, .npz")
-    sub.add_argument("--episodes", type=_count, default=150, help="default 150")
+    sub.add_argument("--episodes", type=_count, default=300, help="default 300")
     sub.add_argument("--seed", type=int, default=0, help="default 0")
     sub.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     sub.add_argument("--quiet", action="store_true", help="show nothing but errors")

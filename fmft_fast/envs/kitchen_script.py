@@ -43,7 +43,7 @@ Outcome = dict[str, Any]
 
 def make_demonstrations(
     path: str | Path,
-    episodes: int = 150,
+    episodes: int = 300,
     *,
     seed: int = 0,
     tasks: Sequence[str] = FOUR,
@@ -87,7 +87,7 @@ def make_demonstrations(
         FmftError: an episode failed at every attempt.
 
     Example:
-        make_demonstrations("kitchen.npz", 150, workers=4)
+        make_demonstrations("kitchen.npz", 300, workers=4)
     """
     path = Path(path)
     settings = {
@@ -258,7 +258,9 @@ def _check(path: Path, episodes: int, settings: dict[str, Any]) -> None:
             f"got {settings['tasks_each']}"
         )
     if not 0 <= settings["noise"] < 1:
-        raise InputError(f"noise: expected a number in [0, 1), got {settings['noise']}; try {NOISE}")
+        raise InputError(
+            f"noise: expected a number in [0, 1), got {settings['noise']}; try {NOISE}"
+        )
 
 
 def _open_parts(path: Path, settings: dict[str, Any]) -> Path:
