@@ -43,6 +43,8 @@ from fmft_fast.flow.transport import (
 )
 
 COND_WEIGHT = 100.0
+# Policies that lack .13 (Push-T) and .23 (kitchen) of the variance became better by such pairs.
+BORNE_SHARE = 0.25
 
 
 class Independent(Coupling):
@@ -57,9 +59,9 @@ class Independent(Coupling):
         return Pairs(noise_like(x1, generator), x1, cond)
 
     def check_reconstruction(self, x1: Tensor, cond: Tensor | None = None) -> None:
-        """Estimate the share of variance that E[x1 | cond] lacks; warn beyond a tenth."""
+        """Estimate the share of variance that E[x1 | cond] lacks; warn beyond a quarter."""
         lost = 1.0 if cond is None else _unexplained_variance(x1, cond)
-        if lost > 0.1:
+        if lost > BORNE_SHARE:
             warnings.warn(
                 f"independent pairs pull every sample to E[x1 | cond], which lacks {lost:.0%} of "
                 "the data's variance; use 'ot-semidiscrete', 'ot-fixed' or 'inversion' instead",

@@ -24,7 +24,7 @@ TIME_POWER = {"pusht": 1.0, "kitchen": 2.0}
 LENGTH = "length"  # in units of the study's number of fine-tuning steps
 LONGEST = 4
 # What the variants have in common, whichever task it is.
-COMMON = dict(find_task("pusht").finetune)
+COMMON = dict(RobotTask.finetune)
 VARIANTS: dict[str, dict[str, Any]] = {
     "independent, FM at .05": {},
     "independent, FM at .05, twice as long": {LENGTH: 2},

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from fmft_fast.data import Episodes
@@ -25,20 +22,6 @@ class PushTTask(RobotTask):
     summary = "push a T onto its outline, from human demonstrations; needs --data and gym-pusht"
     measure = "score"
     arrays = ("state", "keypoint", "action")
-    # The human action is nearly decided by what is seen, so that independent pairs lose little; at
-    # one step their loss is that of flow matching at t = 0, which keeps many steps good.
-    finetune: Mapping[str, Any] = {
-        "steps": 12000,
-        "batch_size": 256,
-        "lr": 2e-3,
-        "warmup": 100,
-        "ema_decay": 0.999,
-        "coupling": "independent",
-        "solver_steps": (1,),
-        "fm_weight": 0.05,
-        "time_power": 2.0,
-        "select": "last",
-    }
 
     def columns(self, episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
         """Give the keypoints of the block and the finger's place, and the actions, pixels."""
