@@ -212,7 +212,7 @@ def medians(
     """
     width = min(columns, len(panels))
     height = -(-len(panels) // width)
-    figure = _figure(3.8 * width, 3.0 * height + 0.6)
+    figure = _figure(3.8 * width, 3.0 * height)
     axes = figure.subplots(height, width, squeeze=False).flatten()
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     # A second round of the colours is dashed, its markers hollow.
@@ -250,7 +250,9 @@ def medians(
     fullest = max(axes[: len(panels)], key=lambda axis: len(axis.get_lines()))
     # Of the font's size a letter is about 0.08 inches wide, a line and its gaps 0.7.
     entry = 0.7 + 0.08 * max(map(len, labels))
-    _legend_below(figure, fullest, columns=max(1, int(figure.get_figwidth() / entry)))
+    beside = max(1, int(figure.get_figwidth() / entry))
+    figure.set_figheight(3.0 * height + 0.3 + 0.22 * -(-len(labels) // beside))
+    _legend_below(figure, fullest, columns=beside)
     return _save(figure, file)
 
 

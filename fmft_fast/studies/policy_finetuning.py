@@ -81,8 +81,9 @@ def show(rows: Rows) -> str:
 
 
 def draw(rows: Rows, folder: Path) -> list[Path]:
-    """Draw score and success against N, a line per variant."""
-    found = summarise(unpacked(rows, "variant"), by=("variant", "steps"))
+    """Draw score and success against N, a line per variant of which all seeds were measured."""
+    drawn = [row for row in rows if row["variant"] in ON_ALL_SEEDS]
+    found = summarise(unpacked(drawn, "variant"), by=("variant", "steps"))
     panels: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
     for (variant, n), measures in found.items():
         for name, one in measures.items():

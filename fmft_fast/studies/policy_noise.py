@@ -78,7 +78,9 @@ def show(rows: Rows) -> str:
         found = summarise(own, by=("model", "noise"), measures=(measure_,))
         for noise in dict.fromkeys(noise for _, noise in found):
             values = (found[model, noise][measure_] for model in header[2:])
-            lines.append([f"{task}, {measure_}", noise, *map(str, values)])
+            kind, _, level = noise.partition(":")
+            shown = f"{kind} {level}" if float(level or 0) else "none"
+            lines.append([f"{task}, {measure_}", shown, *map(str, values)])
     return markdown(lines)
 
 

@@ -114,6 +114,20 @@ def test_medians_are_drawn_with_a_legend_that_fits_and_numbers_that_read(tmp_pat
         plots.medians({"": many}, tmp_path / "m.png", xlabel="x")
 
 
+def test_a_long_legend_takes_no_room_from_the_panels(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.append(figure) or file)
+    points = [(1, 0.1, 0.2, 0.3), (4, 0.2, 0.3, 0.4)]
+    for count in (2, 14):
+        lines = {f"a name too long for two of them side by side, {k}": points for k in range(count)}
+        plots.medians({"one": lines}, tmp_path / "m.png", xlabel="x")
+    for figure in drawn:
+        figure.draw_without_rendering()
+    short, long = (figure.axes[0].get_window_extent().height for figure in drawn)
+    assert abs(long - short) < 0.25 * short
+
+
 def test_scores_have_a_linear_axis_from_zero(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     drawn = []
