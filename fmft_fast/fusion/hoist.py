@@ -192,8 +192,9 @@ class KeptTables:
         """The tables for these times, a tensor that nobody changes; from `compute` if not kept."""
         if torch.is_grad_enabled():
             return compute()
-        if self._last is not None:
-            kept, copies, tables = self._last
+        # Read once: another thread may solve with the same field.
+        if (last := self._last) is not None:
+            kept, copies, tables = last
             if kept is times and copies.hold():
                 return tables
         # Copied first: what changes meanwhile is seen the next time.
