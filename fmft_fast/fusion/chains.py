@@ -41,7 +41,7 @@ def _source(node: Any) -> Node:
     """What a layer works on."""
     if not isinstance(node, Node) or name_of(node) not in {"linear", *ACTIVATIONS}:
         raise NotAChain
-    return node.args[0]
+    return argument(node, 0, "input", None)
 
 
 def _link(node: Node, source: int) -> Link:
@@ -49,14 +49,16 @@ def _link(node: Node, source: int) -> Link:
         name, slope = activation_of(node)
         return Link(source, node.shape[-1], activation=name, slope=slope)
     weight, bias = (argument(node, i, name, None) for i, name in ((1, "weight"), (2, "bias")))
-    if bias is not None:
-        bias = _tensor(bias)
+    if bias is not None:  # torch spreads one number over the width, a chain does not
+        bias = _tensor(bias, node.shape[-1:])
     return Link(source, node.shape[-1], _tensor(weight), bias)
 
 
-def _tensor(value: Any) -> Tensor:
+def _tensor(value: Any, shape: tuple | None = None) -> Tensor:
     """A tensor that exists outside of the field, not one that is computed first."""
     if not isinstance(value, Node) or value.tensor is None:
+        raise NotAChain
+    if shape is not None and value.shape != shape:
         raise NotAChain
     return value.tensor
 

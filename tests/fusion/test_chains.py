@@ -33,6 +33,10 @@ LAYERS = {
     "one layer": (lambda m, c: m[0](c), [nn.Linear(5, 7)]),
     "two layers": (deep, [nn.Linear(5, 11), nn.Linear(11, 7, bias=False)]),
     "an activation last": (lambda m, c: F.gelu(m[0](c)), [nn.Linear(5, 7)]),
+    "a layer by names": (
+        lambda m, c: F.linear(input=c, weight=m[0].weight, bias=m[0].bias),
+        [nn.Linear(5, 7)],
+    ),
 }
 OTHERS = {
     "no layer": (lambda m, c: c @ torch.ones(5, 7), []),
@@ -43,6 +47,11 @@ OTHERS = {
         [parametrizations.weight_norm(nn.Linear(5, 7))],
     ),
     "an unknown elu": (lambda m, c: m[0](F.celu(c, 2.0)), [nn.Linear(5, 7)]),
+    "one number as bias": (
+        lambda m, c: F.linear(c, m[0].weight, m[1].bias),
+        [nn.Linear(5, 7), nn.Linear(1, 1)],
+    ),
+    "an activation by names": (lambda m, c: torch.tanh(input=m[0](c)), [nn.Linear(5, 7)]),
 }
 
 
