@@ -258,5 +258,5 @@ def _check(name: str, value: Tensor, shape: tuple[int, int]) -> None:
         raise InputError(f"{name}: expected a tensor [n, {shape[0]}, {shape[1]}], got {got}")
     # A NaN would otherwise drive a robot. The sum is cheaper to look at; that of large numbers may
     # be infinite. sync: on a GPU this waits.
-    if not math.isfinite(value.sum()) and not bool(torch.isfinite(value).all()):
+    if not math.isfinite(value.detach().sum()) and not bool(torch.isfinite(value).all()):
         raise InputError(f"{name}: holds NaN or infinite values; check the sensor or the data")

@@ -59,6 +59,24 @@ def policy(request):
     return make(request.param)
 
 
+@pytest.fixture
+def warned_always():
+    """Warnings that torch gives once per process, in every test."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_observations_with_a_graph_are_looked_at_without_a_warning(warned_always):
+    policy, obs = make(), observations()
+    noise = torch.zeros(len(obs), SIZES["horizon"], SIZES["action_dim"])
+    plain = policy.predict_action({"obs": obs}, noise=noise)["action"]
+    graph = policy.predict_action({"obs": obs.requires_grad_()}, noise=noise)["action"]
+    assert torch.equal(graph, plain)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_actions_have_the_units_of_the_data_and_begin_with_the_present_one(steps):
     policy = FlowPolicy(
