@@ -90,6 +90,8 @@ def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:
         return NotFusable(f"the state has the shape {list(y0.shape)}, or is no plain tensor")
     if cond is not None and type(cond) is not Tensor and type(cond) is not nn.Parameter:
         return NotFusable(f"the condition is a {type(cond).__name__}, not a plain tensor")
+    if y0.is_neg() or (cond is not None and cond.is_neg()):
+        return NotFusable("the state or the condition is a lazily negated view", remedy="clone it")
     if torch.is_autocast_enabled(y0.device.type):
         return NotFusable("autocast is enabled", remedy="leave autocast around the solve")
     if torch_module._has_any_global_hook():

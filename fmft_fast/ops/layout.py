@@ -13,17 +13,19 @@ TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat
 def laid_out(y: Tensor, k: Sequence[Tensor]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Return an empty result like `y`, and `y` and `k` in its layout.
 
-    A dense layout of `y`, such as channels-last, is kept; only tensors of another one are copied.
+    A dense layout of `y`, such as channels-last, is kept; only tensors of another one are copied,
+    and views that owe their sign to a bit of the tensor (`z.conj().imag`).
     """
     out = torch.empty_like(y)
     stride = out.stride()
-    if y.stride() != stride:
+
+    def fits(x: Tensor) -> bool:
+        return x.stride() == stride and not x.is_neg()
+
+    if not fits(y):
         y = torch.empty_like(out).copy_(y)
-    if any(ki.stride() != stride for ki in k):
-        k = [
-            ki if ki.stride() == stride else torch.empty_like(out, dtype=ki.dtype).copy_(ki)
-            for ki in k
-        ]
+    if not all(map(fits, k)):
+        k = [ki if fits(ki) else torch.empty_like(out, dtype=ki.dtype).copy_(ki) for ki in k]
     return out, y, k
 
 

@@ -337,3 +337,22 @@ def test_explain_takes_what_odeint_takes():
             else:
                 with pytest.raises(InputError, match="cannot be fused"):
                     odeint(field, x0, t, method=method)
+
+
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+def test_lazily_negated_states_keep_their_sign(method):
+    state = torch.complex(torch.tensor([[0.5]]), torch.tensor([[2.0]])).conj().imag
+    assert state.is_neg() and state.is_contiguous()
+    t, usual = torch.linspace(0, 1, 5), state.resolve_neg()
+    net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def field(t, x):
+        return net(x)
+
+    def negated(t, x):
+        return torch.complex(x, net(x)).conj().imag
+
+    expected = odeint(field, usual, t, method=method)
+    torch.testing.assert_close(odeint(field, state, t, method=method), expected)
+    expected = odeint(lambda t, x: -net(x), usual, t, method=method)
+    torch.testing.assert_close(odeint(negated, state, t, method=method), expected)
