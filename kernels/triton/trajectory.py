@@ -9,26 +9,17 @@ fixed order afterwards: results are the same from run to run.
 Precision follows `torch.get_float32_matmul_precision()`: "highest" multiplies in float32, "high" on
 tensor cores with three products in TF32 (forward up to width 64, backward up to 32, in float32
 beyond), "medium" with one. State and sums are in float32.
-
-Launch configurations (samples of a program, warps, columns of a tile, pipeline stages) are pinned
-in `CONFIGS`, the first of a list being the default. With FMFT_TRITON_AUTOTUNE=1 the list is timed
-once for a kind of solve and the fastest remembered in fmft_fast/triton.json in the user's cache
-folder ($XDG_CACHE_HOME, else ~/.cache), by device, version of Triton, and the sizes of the solve.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import triton
+from fmft_fast.kernels.launch import Config, arguments, choose_config, options, precision
 from fmft_fast.kernels.trajectory_source import (
     Wanted,
     backward_kernel,
@@ -40,10 +31,8 @@ from fmft_fast.kernels.trajectory_source import (
     used,
 )
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fmft_fast.ops.network import Inputs, Network
-from fmft_fast.ops.precision import matmul_precision
 from fmft_fast.ops.trajectory import Keep, Program, Row
 
 MAX_WIDTH = 128
@@ -51,39 +40,6 @@ MAX_WIDTH = 128
 MAX_PRODUCTS = 32
 # Of a program's registers, what the stages of a step may take: stages x padded state.
 MAX_STAGE_WIDTH = 448
-PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a kernel is launched: samples of a program, warps, and stages of Triton's pipeline."""
-
-    block: int
-    warps: int
-    tile: int = 64
-    pipeline: int = 1
-
-
-# By direction, precision of `tl.dot` and widest padded layer. Small blocks keep the products in
-# float32 out of local memory; on tensor cores 64 rows are what a warp group multiplies at once.
-# What is not listed takes "ieee": three products in TF32 need more registers there than there are.
-CONFIGS = {
-    ("forward", "ieee", 32): (Config(32, 4), Config(16, 4), Config(64, 4)),
-    ("forward", "ieee", 64): (Config(16, 8), Config(64, 8)),
-    ("forward", "ieee", 128): (Config(16, 8), Config(64, 8)),
-    ("forward", "tf32x3", 32): (Config(32, 2), Config(64, 4)),
-    ("forward", "tf32x3", 64): (Config(64, 4), Config(32, 2, 32)),
-    ("forward", "tf32", 32): (Config(32, 2), Config(64, 4)),
-    ("forward", "tf32", 64): (Config(64, 4), Config(32, 2), Config(32, 2, 32)),
-    ("forward", "tf32", 128): (Config(64, 8), Config(64, 4)),
-    ("backward", "ieee", 32): (Config(16, 4), Config(32, 4)),
-    ("backward", "ieee", 64): (Config(16, 8), Config(32, 8, 32)),
-    ("backward", "ieee", 128): (Config(16, 8),),
-    ("backward", "tf32x3", 32): (Config(32, 2), Config(64, 4)),
-    ("backward", "tf32", 32): (Config(32, 2), Config(64, 4)),
-    ("backward", "tf32", 64): (Config(32, 4), Config(64, 4)),
-    ("backward", "tf32", 128): (Config(64, 8), Config(32, 8)),
-}
 # The numbers of solves that CUDA graphs have captured.
 CAPTURED: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -115,7 +71,7 @@ class TritonTrajectory:
 
     def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
         """Outputs [K, batch, state], and the inputs of all stages."""
-        y0, tensors = _arguments(program.network, inputs)
+        y0, tensors = arguments(program.network, inputs)
         batch, state = y0.shape
         if program.steps == 0:
             return y0.expand(len(program.outputs), batch, state).clone(), None
@@ -128,18 +84,19 @@ class TritonTrajectory:
         def launch(config: Config) -> None:
             grid = (triton.cdiv(batch, config.block),)
             kernel = forward_kernel(program.network, shapes, program.stages, config.tile)
-            arguments = (out, kept, y0, *numbers, batch, program.steps, int(keeps))
-            kernel[grid](*arguments, *tensors, **_options(config, "forward", program.network))
+            first = (out, kept, y0, *numbers, batch, program.steps, int(keeps))
+            how = precision("forward", program.network)
+            kernel[grid](*first, *tensors, **options(config, how))
 
         with torch.cuda.device_of(y0):
-            launch(_config("forward", program, y0, launch))
+            launch(choose_config("forward", program, y0, launch))
         return out, kept
 
     def backward(
         self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs
     ) -> Inputs:
         """Gradients of the inputs by the exact adjoint of the solve."""
-        y0, tensors = _arguments(program.network, inputs)
+        y0, tensors = arguments(program.network, inputs)
         wants = Wanted(tuple(wanted.parameters), tuple(wanted.tables), tuple(wanted.conds))
         shapes = tuple(tuple(p.shape) for p in inputs.parameters)
         ends, stages = offsets(shapes, wants), program.steps * program.stages
@@ -168,12 +125,11 @@ class TritonTrajectory:
                     program.network, shapes, program.stages, config.tile, wants
                 )
                 first = (grad_y0, partials, grad, kept, *numbers, y0.shape[0], program.steps)
-                kernel[programs,](
-                    *first, *written, *tensors, **_options(config, "backward", program.network)
-                )
+                how = precision("backward", program.network)
+                kernel[programs,](*first, *written, *tensors, **options(config, how))
 
             with torch.cuda.device_of(y0):
-                launch(_config("backward", program, y0, launch))
+                launch(choose_config("backward", program, y0, launch))
         sums = partials.sum(0)
         parts = [sums[i:j] for i, j in zip(ends, ends[1:], strict=False)]
         rest = iter(sums[ends[-1] :].split([stages * w for w in widths.values()]))
@@ -211,18 +167,6 @@ def _products(network: Network) -> int:
         for term in layer.terms
         if term.weight is not None
     )
-
-
-def _arguments(network: Network, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
-    """The state and the other tensors in the order of a kernel's arguments."""
-    tables, conds = used(network)
-    tensors = [
-        *inputs.parameters,
-        *(inputs.tables[i] for i in tables),
-        *(inputs.conds[i] for i in conds),
-    ]
-    assert inputs.y0 is not None
-    return inputs.y0.contiguous(), [x.contiguous() for x in tensors]
 
 
 def _numbers(program: Program, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,95 +222,11 @@ def _copied(
     )
 
 
-def _precision(direction: str, network: Network) -> str:
-    """What `tl.dot` does with float32."""
-    found = PRECISIONS[matmul_precision()]
-    is_listed = (direction, found, max(32, _widest(network))) in CONFIGS
-    return found if is_listed and torch.version.hip is None else "ieee"
-
-
-def _widest(network: Network) -> int:
-    return max(padded(network.width(i)) for i in range(len(network.layers) + 1))
-
-
-def _options(config: Config, direction: str, network: Network) -> dict[str, Any]:
-    return {
-        "BLOCK": config.block,
-        "PRECISION": _precision(direction, network),
-        "num_warps": config.warps,
-        "num_stages": config.pipeline,
-        "enable_fp_fusion": True,
-    }
-
-
 def _most_programs(device: torch.device) -> int:
     """How many programs run a backward pass, each over blocks of samples one after another."""
     if device.type != "cuda":
         return 2
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def configs(direction: str, network: Network) -> tuple[Config, ...]:
-    """The launch configurations of a network, the default first."""
-    return CONFIGS[direction, _precision(direction, network), max(32, _widest(network))]
-
-
-def _config(
-    direction: str, program: Program, y0: Tensor, launch: Callable[[Config], None]
-) -> Config:
-    """The default, or where FMFT_TRITON_AUTOTUNE=1 the fastest configuration of this kind."""
-    network = program.network
-    candidates = configs(direction, network)
-    if os.environ.get("FMFT_TRITON_AUTOTUNE") != "1" or y0.device.type != "cuda":
-        return candidates[0]
-    sizes = [padded(network.width(i)) for i in range(len(network.layers) + 1)]
-    device = torch.cuda.get_device_name(y0.device)
-    kind = f"{direction} {sizes} {program.stages} {triton.next_power_of_2(y0.shape[0])}"
-    key = f"{device}, triton {triton.__version__}, {_precision(direction, network)}, {kind}"
-    winners = _remembered()
-    if key not in winners:
-        if torch.cuda.is_current_stream_capturing():
-            return candidates[0]
-        winners[key] = min(candidates, key=lambda config: _time(launch, config))
-        _remember(winners)
-    return winners[key]
-
-
-def _time(launch: Callable[[Config], None], config: Config) -> float:
-    """Milliseconds of a launch; infinity where the device has no room for it."""
-    try:
-        launch(config)
-    except OutOfResources:
-        return float("inf")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(5):
-        launch(config)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def _cache() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "fmft_fast" / "triton.json"
-
-
-@lru_cache(1)
-def _remembered() -> dict[str, Config]:
-    try:
-        found = json.loads(_cache().read_text())
-        return {key: Config(*numbers) for key, numbers in found.items()}
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _remember(winners: dict[str, Config]) -> None:
-    path = _cache()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({key: astuple(config) for key, config in winners.items()}, indent=1))
-    part.replace(path)
 
 
 KERNELS = TritonTrajectory()

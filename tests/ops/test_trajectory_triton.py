@@ -28,6 +28,7 @@ from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
 
 triton = pytest.importorskip("triton")
 trajectory = pytest.importorskip("fmft_fast.kernels.trajectory", exc_type=ImportError)
+launch = pytest.importorskip("fmft_fast.kernels.launch", exc_type=ImportError)
 KERNELS, REFERENCE = trajectory.KERNELS, Reference()
 
 on_device = pytest.mark.parametrize(
@@ -237,14 +238,14 @@ def test_refusals() -> None:
 
 def test_winners_of_tuning_are_remembered(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    winners = {"a device, a solve": trajectory.Config(32, 4, 32)}
-    trajectory._remember(winners)
-    trajectory._remembered.cache_clear()
-    assert trajectory._remembered() == winners
+    winners = {"a device, a solve": launch.Config(32, 4, 32)}
+    launch.remember(winners)
+    launch.remembered.cache_clear()
+    assert launch.remembered() == winners
     (tmp_path / "fmft_fast/triton.json").write_text("no JSON")
-    trajectory._remembered.cache_clear()
-    assert trajectory._remembered() == {}
-    trajectory._remembered.cache_clear()
+    launch.remembered.cache_clear()
+    assert launch.remembered() == {}
+    launch.remembered.cache_clear()
 
 
 # Direction, hidden layers, stages, precision, capability, bytes of local memory of a thread.
@@ -275,13 +276,14 @@ def compile_for(network, shapes, direction, stages, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config = trajectory.configs(direction, network)[0]
+    how = launch.precision(direction, network)
+    config = launch.configs(direction, network, how)[0]
     if direction == "forward":
         kernel = trajectory.forward_kernel(network, shapes, stages, config.tile)
     else:
         wanted = trajectory.Wanted((True,) * len(shapes), (), ())
         kernel = trajectory.backward_kernel(network, shapes, stages, config.tile, wanted)
-    options = trajectory._options(config, direction, network)
+    options = launch.options(config, how)
     names = kernel.arg_names
     fixed = {name: options.pop(name) for name in ("BLOCK", "PRECISION")}
     given = dict.fromkeys(fixed, "constexpr") | {"first": "*i32"}
