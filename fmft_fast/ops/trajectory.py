@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -48,12 +49,31 @@ class Program:
         """Size of the last step; None without steps."""
         return abs(self.h[-1].item()) if self.steps else None
 
+    @cached_property
+    def digest(self) -> bytes:
+        """The same for programs of the same content, and only for those."""
+        tensors = (self.times, self.h, *(() if self.weights is None else (self.weights,)))
+        plain = (self.network, self.a, self.b, self.outputs, [list(x.shape) for x in tensors])
+        found = hashlib.sha256(repr(plain).encode())
+        for x in tensors:
+            found.update(x.contiguous().numpy().tobytes())
+        return found.digest()
+
     def flat_times(self, dtype: torch.dtype) -> Tensor:
-        """The times of all stages [N s], on the host: the same tensor whenever it is asked for."""
+        """The times of all stages [N s]: the same tensor whenever it is asked for.
+
+        It lies on the host, unless `with_times_on` has made the program.
+        """
         made = self.__dict__.setdefault("_flat_times", {})
         if dtype not in made:
             made[dtype] = self.times.reshape(-1).to(dtype)
         return made[dtype]
+
+    def with_times_on(self, device: torch.device, dtype: torch.dtype) -> Program:
+        """A copy whose flat times lie on a device: who records its solve need not bring them."""
+        own = replace(self)
+        own.__dict__["_flat_times"] = {dtype: self.flat_times(dtype).to(device)}
+        return own
 
     @property
     def stages(self) -> int:

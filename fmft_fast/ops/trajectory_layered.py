@@ -103,6 +103,10 @@ class Tape:
             apart = layer.activation != "identity" and (layer.skips or keeps_argument(layer))
             self.seen.append(empty(layer.width) if apart else value)
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, each once."""
+        return list({id(x): x for x in (*self.values, *self.seen)}.values())
+
     def rows(self, first: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
         """Values and what was seen of some stages, each [count * batch, width]."""
         return flat_rows(self.values, first, count), flat_rows(self.seen, first, count)
@@ -120,7 +124,7 @@ class Field:
         self.network, self.conds = program.network, inputs.conds
         like = inputs.y0
         assert like is not None
-        self.times = place(program.times.flatten().to(like.dtype), like.device)
+        self.times = place(program.flat_times(like.dtype), like.device)
         self.matrices = {
             term: inputs.parameters[term.weight][:, self.columns(term)].contiguous()
             for layer in self.network.layers

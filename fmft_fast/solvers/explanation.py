@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..fusion import NotFusable, Plan
-from ..ops.backend import choose_kernels
+from ..ops.backend import LAYERED, choose_kernels
 from .inputs import State, normalise
+from .recorded_solve import with_recordings
 from .whole_solve import find_route, obstacle
 
 
@@ -20,12 +21,13 @@ class Explanation:
     """What `explain` found; `print` it.
 
     Attributes:
-        fused: whether the whole solve, and its adjoint, is one kernel call each.
+        fused: whether the solve, and its adjoint, is done as a whole by one call of kernels each.
         backend: whose kernels run: those of the whole solve, or else those of the step ops.
         plan: the field as the kernels see it, if it can be fused.
         reason: why it is not fused, or None.
         where: the line of the field that is at fault, or None.
         remedy: what would make it fusable, or None.
+        recorded: whether both are recorded, and replayed from the second solve of a kind on.
     """
 
     fused: bool
@@ -34,8 +36,14 @@ class Explanation:
     reason: str | None = None
     where: str | None = None
     remedy: str | None = None
+    recorded: bool = False
 
     def __str__(self) -> str:
+        if self.fused and self.backend == LAYERED:
+            replays = ", from the second one on as one CUDA graph" if self.recorded else ""
+            return (
+                f"fused: layer by layer by torch's matrix products each way{replays}; {self.plan}"
+            )
         if self.fused:
             return f"fused: one call of the {self.backend} kernels each way; {self.plan}"
         lines = [f"step by step, by the step ops of backend {self.backend}"]
@@ -93,4 +101,6 @@ def explain(
     found = find_route(field, x0, stages, backend, cond, adaptive)
     if isinstance(found, NotFusable):
         return Explanation(False, steps, None, found.reason, found.where, found.remedy)
-    return Explanation(True, found.kernels.name, found.plan)
+    kernels = with_recordings(found.kernels, found.plan, x0.device)
+    recorded = kernels is not found.kernels
+    return Explanation(True, kernels.name, found.plan, recorded=recorded)

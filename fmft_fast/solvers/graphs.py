@@ -10,10 +10,6 @@ autocast and precision settings, stream and thread.
 
 from __future__ import annotations
 
-import threading
-import warnings
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,79 +18,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import CaptureWarning
 from ..ops.contract import is_traced
-from ..ops.precision import convolution_precision, matmul_precision
 from .recorder import CaptureError, Recorded, find_recorder
+from .recordings import Recordings, autocast, layout, settings, version
 
 if TYPE_CHECKING:
     from .discrete_adjoint import DiscretePlan
 
 # Each recorded step owns the memory of one evaluation and its graph.
 LIMIT = 8
-SEEN_LIMIT = 256
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 OWN = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
 REFUSED = ("DataParallel", "DistributedDataParallel", "OptimizedModule")
 HALF = (torch.float16, torch.bfloat16)
 
 
-class _Cache:
-    """Recorded steps, the one used last at the end, and the kinds of solves that ran once."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.recorded: OrderedDict[Any, Any] = OrderedDict()
-        self.seen: OrderedDict[Any, bool] = OrderedDict()  # whether it can be recorded
-        self.fields: dict[int, weakref.ref] = {}
-        self.failed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-    def know(self, field: nn.Module) -> int:
-        """The number of a field; what is recorded of it goes when it goes."""
-        number = id(field)
-        known = self.fields.get(number)
-        if known is None or known() is not field:
-            with self.lock:
-                self.forget(number)
-                self.fields[number] = weakref.ref(field, lambda _: self.forget(number))
-        return number
-
-    def forget(self, number: int) -> None:
-        """Drop all that belongs to a field."""
-        with self.lock:
-            self.fields.pop(number, None)
-            for table in (self.recorded, self.seen):
-                for key in list(table):
-                    if key[0] == number:
-                        table.pop(key, None)  # a collection inside this loop may come first
-
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What was recorded under a key, or is now."""
-        with self.lock:
-            if key not in self.recorded:
-                while len(self.recorded) >= LIMIT:
-                    self.recorded.popitem(last=False)
-                self.recorded[key] = make()
-            self.recorded.move_to_end(key)
-            return self.recorded[key]
-
-    def note(self, kind: Any, good: bool) -> None:
-        """Remember whether a kind of solve can be recorded."""
-        with self.lock:
-            self.seen[kind] = good
-            while len(self.seen) > SEEN_LIMIT:
-                self.seen.popitem(last=False)
-
-
-_cache = _Cache()
+_cache = Recordings(LIMIT)
 
 
 def clear() -> None:
     """Drop all recorded steps and their memory."""
-    with _cache.lock:
-        for table in (_cache.recorded, _cache.seen, _cache.fields):
-            table.clear()
-        _cache.failed.clear()
+    _cache.clear()
 
 
 def describe(field: nn.Module) -> tuple | None:
@@ -124,45 +68,13 @@ def _mark(value: Any, depth: int = 3) -> Any:
     if isinstance(value, PLAIN):
         return type(value), value
     if isinstance(value, Tensor):
-        return id(value), value.data_ptr(), _version(value)
+        return id(value), value.data_ptr(), version(value)
     if isinstance(value, (list, tuple, dict, set)):
         if not depth or len(value) > 64:
             return id(value), len(value)
         items = value.items() if isinstance(value, dict) else value
         return type(value), tuple(_mark(item, depth - 1) for item in items)
     return id(value)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _layout(tensor: Tensor | None) -> Any:
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_inference()
-
-
-def _settings(device: torch.device) -> tuple:
-    """What besides its arguments decides how an operation is done."""
-    kind = device.type
-    stream = torch.cuda.current_stream(device).cuda_stream if kind == "cuda" else 0
-    return (
-        threading.get_ident(),
-        stream,
-        torch.is_inference_mode_enabled(),
-        matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        convolution_precision(),
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.benchmark,
-        torch.get_default_dtype(),
-    )
-
-
-def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
-    kind = device.type
-    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 def find_graphs(
@@ -206,13 +118,13 @@ class StepGraphs:
         self.plan, self.recorder, self.marks = plan, recorder, marks
         self.device, self.cond = x.device, cond
         self.table = table.detach()
-        self.autocast = _autocast(x.device)
+        self.autocast = autocast(x.device)
         field = plan.field.base
         assert isinstance(field, nn.Module)
         self.base = field
         row = (table.shape[1:], table.dtype)
         tableau = (plan.tableau.a, plan.tableau.b)
-        layouts = (_layout(x), row, _layout(cond), plan.field.dtype)
+        layouts = (layout(x), row, layout(cond), plan.field.dtype)
         self.kind = (
             _cache.know(field),
             marks,
@@ -229,7 +141,7 @@ class StepGraphs:
         random = [torch.get_rng_state()]
         if self.device.type == "cuda":
             random.append(torch.cuda.get_rng_state(self.device))
-        versions = [_version(b) for b in self.base.buffers()]
+        versions = [version(b) for b in self.base.buffers()]
         return [bytes(r.numpy()) for r in random], versions, describe(self.base)
 
     def settle(self) -> None:
@@ -242,18 +154,15 @@ class StepGraphs:
         """What is recorded of a part; None in its first solve and after a failure."""
         if not self.verdict or self.base in _cache.failed:
             return None
-        key = (*self.kind, _settings(self.device), part)
+        key = (*self.kind, settings(self.device), part)
         try:
             return _cache.get(key, make)
         except CaptureError as error:
-            _cache.failed.add(self.base)
-            warnings.warn(
-                f"{type(self.base).__name__} runs without CUDA graphs from now on: {error}. To "
-                "make it faster, let it compute on the device only, without reading results back; "
-                "to silence this, use fmft_fast.cuda_graphs(False)",
-                CaptureWarning,
-                stacklevel=2,
+            advice = (
+                "To make it faster, let it compute on the device only, without reading results "
+                "back. "
             )
+            _cache.give_up(self.base, type(self.base).__name__, error, advice)
             return None
 
     def forward(
@@ -325,7 +234,7 @@ class _Recording:
         # A field of its own: evaluations count where they are replayed.
         plan = replace(solve.plan, field=type(field)(field.base, field.dtype), h=[self.h])
         times, fed = self.row.unbind(), [self.row, *([] if self.cond is None else [self.cond])]
-        versions = [_version(x) for x in fed]
+        versions = [version(x) for x in fed]
 
         def run() -> list[Tensor]:
             # What autocast caches was not computed in the recording.
@@ -334,7 +243,7 @@ class _Recording:
                 return work(plan, times)
 
         self.recorded = solve.recorder.record(run)
-        if versions != [_version(x) for x in fed]:
+        if versions != [version(x) for x in fed]:
             raise CaptureError("it changes t or its condition in place")
 
     def feed(self, row: Tensor, h: float | Tensor) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from .fixed import Grid, make_grid, stage_times
 from .grids import equal_times
 from .inputs import Problem, real_dtype
 from .methods import find_method
+from .recorded_solve import with_recordings
 from .stats import SolveStats, report
 from .tableau import Tableau
 
@@ -107,12 +108,13 @@ class Route:
         inputs = self.bind(y0, program)
         wants_grad = wants_gradient(inputs)
         keep = _what_to_keep(program, inputs, low_memory) if wants_grad else "nothing"
+        kernels = with_recordings(self.kernels, self.plan, y0.device)
         with torch.set_grad_enabled(False):
-            out, kept = self.kernels.forward(program, inputs, keep)
+            out, kept = kernels.forward(program, inputs, keep)
         if not _ends_finite(out):
             return None
         if wants_grad:
-            out = self._attach(out, program, inputs, kept)
+            out = attach(Solved(kernels, program, out, kept, inputs), inputs)
         return self.plan.restore(out, y0.shape[:-1])
 
     def solve_adaptively(
@@ -139,7 +141,7 @@ class Route:
         if found.outcome != "done" or not _ends_finite(out):
             return None
         if wants_grad:
-            out = self._attach(out, found.program, inputs, found.kept)
+            out = attach(Solved(self.kernels, found.program, out, found.kept, inputs), inputs)
         return self.plan.restore(out, y0.shape[:-1]), found
 
     def bind(self, y0: Tensor, program: Program | None) -> Inputs:
@@ -151,10 +153,6 @@ class Route:
         inputs = self.plan.bind(times, self.cond, y0.shape[:-1])
         inputs.y0 = self.plan.flatten(y0)
         return inputs
-
-    def _attach(self, out: Tensor, program: Program, inputs: Inputs, kept: Any) -> Tensor:
-        """Give the outputs their place in the graph."""
-        return attach(Solved(self.kernels, program, out, kept, inputs), inputs)
 
 
 def find_route(

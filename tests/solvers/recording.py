@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmft_fast.solvers import graphs
+from fmft_fast.solvers import graphs, recorded_solve
 from fmft_fast.solvers.recorder import CaptureError, graphs_allowed
 
 
@@ -44,7 +44,9 @@ class Double:
 def double(monkeypatch):
     """Every device records by a double, from an empty cache."""
     double = Double()
-    graphs.clear()
-    monkeypatch.setattr(graphs, "find_recorder", lambda _: double if graphs_allowed() else None)
+    for module in (graphs, recorded_solve):
+        module.clear()
+        monkeypatch.setattr(module, "find_recorder", lambda _: double if graphs_allowed() else None)
     yield double
-    graphs.clear()
+    for module in (graphs, recorded_solve):
+        module.clear()

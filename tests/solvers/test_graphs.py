@@ -244,7 +244,7 @@ def test_nothing_recorded_keeps_a_field_alive(double, monkeypatch):  # noqa: F81
     del field
     gc.collect()
     assert gone() is None
-    assert not graphs._cache.recorded and not graphs._cache.seen and not graphs._cache.fields
+    assert not graphs._cache.recorded and not graphs._cache.seen and not graphs._cache.owners
 
 
 class Dropping(Field):
