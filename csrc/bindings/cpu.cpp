@@ -9,6 +9,7 @@
 #include "../cpu/threads.h"
 #include "step_call.h"
 #include "trajectory_call.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 using namespace fmft;
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("dense_eval", &dense_eval);
   bind_trajectories(module);
   bind_per_sample(module);
+  bind_unchanged(module);
   module.def("same_bytes", [](const Addresses& a, const Addresses& b,
                               const std::vector<size_t>& sizes) {
     py::gil_scoped_release release;

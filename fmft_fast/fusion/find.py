@@ -17,10 +17,11 @@ from torch.nn.utils import parametrize
 
 from ..ops.contract import is_traced
 from .effects import Watch, check_module
-from .guards import CONTAINERS, UNREAD, Guards, snapshot
+from .guards import UNREAD, Guards
 from .opened import Opened, OpenedObject
 from .plan import BATCH_MATTERS, Plan, confirm, make_plan
 from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
+from .unchanged import CONTAINERS, snapshot
 
 _LIMIT = 8  # results kept per field or code
 _SEEN = 1024  # batch sizes remembered per result

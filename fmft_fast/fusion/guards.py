@@ -7,15 +7,12 @@ cannot be compared later is refused.
 
 from __future__ import annotations
 
-import collections
 import copy
 import dis
-import enum
 import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from operator import attrgetter, itemgetter
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -26,12 +23,12 @@ from types import (
 )
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .effects import HOOKS
 from .opened import Opened, OpenedObject
 from .refusal import TORCH, Refusal
+from .unchanged import CONTAINERS, PLAIN, Ordered, Unchanged, snapshot
 
 # Of a module's dictionary, what no evaluation reads.
 UNREAD = {
@@ -48,11 +45,6 @@ UNREAD = {
     "_forward_pre_hooks_with_kwargs",
     "_compiled_call_impl",
 }
-_PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size,
-    torch.memory_format, torch.layout, enum.Enum, range, slice, type(Ellipsis),
-)  # fmt: skip
-CONTAINERS = (dict, list, tuple, set, frozenset, collections.OrderedDict)
 _TRUSTED = (
     "torch",
     "types",
@@ -70,58 +62,8 @@ _TRUSTED = (
 _CALLS = set("forward __call__ __getattr__ __getattribute__ _call_impl _wrapped_call_impl".split())
 
 
-_LIKE = attrgetter("dtype", "shape", "device")
-
-
-class _Same:
-    """Equal to one object only: for what compares by value."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return other is self.value or (type(other) is _Same and other.value is self.value)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class _Ordered:
-    """Equal to a dictionary or set of one type with the same in the same order."""
-
-    __slots__ = ("kind", "items")
-
-    def __init__(self, kind: type, items: list[Any]):
-        self.kind, self.items = kind, items
-
-    def __eq__(self, other: Any) -> bool:
-        if type(other) is _Ordered:
-            return other.kind is self.kind and other.items == self.items
-        return type(other) is self.kind and self.items == _items(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _items(value: Any) -> list[Any]:
-    return list(value.items() if isinstance(value, dict) else value)
-
-
 def _is_numpy_function(value: Any) -> bool:
     return type(value).__module__ == "numpy" and type(value).__name__ == "ufunc"
-
-
-def snapshot(value: Any) -> Any:
-    """What a value is compared with later: copies of containers, the objects in them themselves."""
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(map(snapshot, value))
-    if type(value) in CONTAINERS:
-        if isinstance(value, dict) and len(value) < 2:
-            return {k: snapshot(v) for k, v in value.items()}
-        return _Ordered(type(value), snapshot(_items(value)))
-    if isinstance(value, _PLAIN) or type(value).__eq__ is object.__eq__:
-        return value
-    return _Same(value)
 
 
 class Guards:
@@ -143,21 +85,20 @@ class Guards:
         self._condition: Any = None  # of which object which attribute may change
         self._classes: dict[type, None] = {}
         self._things: list[Any] = []
-        self._kinds: list[type] = []
         self._functions: dict[int, tuple[FunctionType, CodeType]] = {}
-        self._checks: list[tuple[dict[str, Any], int, Callable, Any]] = []
-        self._named: list[tuple[dict, list, list]] = []  # the tensors are held below
+        self._checks: list[tuple[dict[str, Any], int, dict[str, Any]]] = []
+        self._named: list[tuple[dict, list[tuple[str, int]]]] = []  # the tensors are held below
         self._tensors: list[Tensor] = []
-        self._likes: list[tuple] = []
         self._looks: list[tuple[Callable[[], Any], Any]] = []
         self._entries: list[tuple[Any, str, Any]] = []
         self._absent: list[tuple[dict[str, Any], str]] = []
+        self._unchanged = self._alike = Unchanged()
 
     def walk(self, value: Any, name: str) -> None:
         """Note a value and what it leads to."""
         if isinstance(value, type):
             self._classes[value] = None
-        if isinstance(value, (*_PLAIN, type)) or id(value) in self._seen:
+        if isinstance(value, (*PLAIN, type)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -244,7 +185,7 @@ class Guards:
             return
         scope = vars(module)
         for name in sorted(scope):
-            kept = isinstance(scope[name], (*_PLAIN, *CONTAINERS, Tensor, nn.Module))
+            kept = isinstance(scope[name], (*PLAIN, *CONTAINERS, Tensor, nn.Module))
             if name in self._names or (self._all and kept and not name.startswith("__")):
                 self._read(scope, name, scope[name], f"{module.__name__}.{name}")
         if self._all:
@@ -281,8 +222,7 @@ class Guards:
         for key in keys:
             if key not in HOOKS:
                 self.walk(scope[key], f"{shown}.{key}")
-        get = itemgetter(*keys) if keys else len
-        self._checks.append((scope, len(scope), get, snapshot(get(scope))))
+        self._checks.append((scope, len(scope), {key: snapshot(scope[key]) for key in keys}))
 
     def _module(self, module: nn.Module) -> None:
         self.modules[id(module)] = module
@@ -293,7 +233,7 @@ class Guards:
                     self.tensors[id(tensor)] = tensor
                     self._tensors.append(tensor)
             if found:
-                self._named.append((found, list(found), list(map(id, found.values()))))
+                self._named.append((found, [(name, id(x)) for name, x in found.items()]))
         self._object(module, ("training", "_modules", *HOOKS))
 
     def finish(self) -> Guards:
@@ -313,8 +253,10 @@ class Guards:
         self._absent = list({(id(s), name): (s, name) for s, name in self._absent}.values())
         self._entries = list({(id(e[0]), e[1]): e for e in self._entries}.values())
         self._tensors = list({id(tensor): tensor for tensor in self._tensors}.values())
-        self._likes = list(map(_LIKE, self._tensors))
-        self._kinds = list(map(type, self._things))
+        self._unchanged, self._alike = self._scopes(), Unchanged()
+        for tensor in self._tensors:
+            for name in ("dtype", "shape", "device"):
+                self._alike.attribute(tensor, name, getattr(tensor, name))
         return self
 
     def apart_from(self, scope: dict[str, Any], parts: Sequence[Any]) -> Guards:
@@ -366,34 +308,33 @@ class Guards:
                 if top not in _TRUSTED or top == "torch":
                     self._scope(scope, [], base.__name__)
 
+    def _scopes(self) -> Unchanged:
+        """Everything but the tensors, for later."""
+        found = Unchanged()
+        for scope, size, wants in self._checks:
+            found.size(scope, size)
+            for key, want in wants.items():
+                if type(want) is Ordered and want.kind is dict:
+                    found.listing(scope, key, want.items)
+                else:
+                    found.entry(scope, key, want)
+        for thing in self._things:
+            found.type(thing, type(thing))
+        for names, ids in self._named:
+            found.named(names, ids)
+        for entry in self._entries:
+            found.entry(*entry)
+        for scope, name in self._absent:
+            found.absent(scope, name)
+        for f, code in self._functions.values():
+            found.attribute(f, "__code__", code)
+        for look, want in self._looks:
+            found.call(look, want)
+        return found
+
     def hold(self) -> bool:
         """Whether everything is as it was."""
-        try:
-            for scope, size, get, want in self._checks:
-                if len(scope) != size or want != get(scope):
-                    return False
-            if list(map(type, self._things)) != self._kinds:
-                return False
-            for found, names, ids in self._named:
-                if list(found) != names or list(map(id, found.values())) != ids:
-                    return False
-            if list(map(_LIKE, self._tensors)) != self._likes:
-                return False
-            for scope, name, want in self._entries:
-                if want is not (now := scope[name]) and want != now:
-                    return False
-            for scope, name in self._absent:
-                if name in scope:
-                    return False
-            for f, code in self._functions.values():
-                if f.__code__ is not code:
-                    return False
-            for look, want in self._looks:
-                if want is not (now := look()) and want != now:
-                    return False
-        except Exception:  # a comparison that fails is a change as well
-            return False
-        return True
+        return self._unchanged.hold() and self._alike.hold()
 
 
 def _cells(f: FunctionType) -> list[tuple[str, Any]]:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from fmft_fast.fields import MLP
-from fmft_fast.fusion import NotFusable, Plan, find_plan
+from fmft_fast.fusion import NotFusable, Plan, find_plan, guards
 from fmft_fast.fusion.find import _cache
+from fmft_fast.fusion.unchanged import PlainUnchanged
 
 D = 3
 GAIN = 0.5
@@ -86,8 +87,10 @@ def restored():
     held[3].__code__, Field.forward.__defaults__ = held[4], (0.5,)
 
 
+@pytest.mark.parametrize("compare", [guards.Unchanged, PlainUnchanged])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_ends_a_plan(change, restored):
+def test_a_change_ends_a_plan(change, compare, restored, monkeypatch):
+    monkeypatch.setattr(guards, "Unchanged", compare)
     field, y = Field(), torch.randn(4, D)
     plan = find_plan(field, y)
     assert isinstance(plan, Plan), plan
