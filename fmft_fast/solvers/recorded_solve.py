@@ -206,8 +206,9 @@ class RecordedSolve:
         program, fixed, found = self.program, self.bind(inputs), []
 
         def work() -> list[Tensor]:
+            found.clear()  # the memory of a rehearsal
             out, kept = kernels.forward(program, fixed, keep)
-            found[:] = [kept]
+            found.append(kept)
             return [out, *_tensors_of(kept)]
 
         self.recorded = recorder.record(work)
