@@ -24,7 +24,8 @@ LAYERS = (
 SHARED = {"errors", "version"}
 # The one arrow back: a kernel file implements what ops declares, and imports nothing else of it.
 DECLARED = {
-    f"fmft_fast.ops.{name}" for name in ("contract", "layout", "network", "precision", "trajectory")
+    f"fmft_fast.ops.{name}"
+    for name in ("accepted", "contract", "layout", "network", "precision", "trajectory")
 }
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import triton
-from fmft_fast.kernels.trajectory_source import padded, used
+from fmft_fast.kernels.writer import padded, used
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 

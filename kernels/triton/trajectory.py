@@ -8,7 +8,7 @@ fixed order afterwards: results are the same from run to run.
 
 Precision follows `torch.get_float32_matmul_precision()`: "highest" multiplies in float32, "high" on
 tensor cores with three products in TF32 (forward up to width 64, backward up to 32, in float32
-beyond), "medium" with one. State and sums are in float32.
+beyond), "medium" with one. State and sums are in float32. Step control is in `adaptive`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from fmft_fast.kernels import adaptive
 from fmft_fast.kernels.launch import Config, arguments, choose_config, options, precision
 from fmft_fast.kernels.trajectory_source import (
     Wanted,
     backward_kernel,
     forward_kernel,
     offsets,
-    padded,
-    pieces,
     reads,
-    used,
 )
+from fmft_fast.kernels.writer import padded, pieces, used
 from torch import Tensor
 
 from fmft_fast.ops.network import Inputs, Network
-from fmft_fast.ops.trajectory import Keep, Program, Row
+from fmft_fast.ops.trajectory import AdaptiveSolve, Control, Keep, Program, Row
 
 MAX_WIDTH = 128
 # Products of tiles in the field: every one is written out, and takes its time to compile.
@@ -91,6 +90,18 @@ class TritonTrajectory:
         with torch.cuda.device_of(y0):
             launch(choose_config("forward", program, y0, launch))
         return out, kept
+
+    def adaptive(
+        self,
+        network: Network,
+        tableau: Any,
+        control: Control,
+        inputs: Inputs,
+        t: list[float],
+        keep: Keep,
+    ) -> AdaptiveSolve:
+        """See `AdaptiveKernels`; the inputs of all stages are kept."""
+        return adaptive.solve(network, tableau, control, inputs, t, keep)
 
     def backward(
         self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +17,12 @@ from networks import (
     residual,
     viscosity,
 )
+from triton_processes import compile_ahead, interpret_numbers, local_memory
 
 from fmft_fast.ops.network import ACTIVATIONS, Inputs, Layer, Network, Term, activate
 from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 trajectory = pytest.importorskip("fmft_fast.kernels.trajectory", exc_type=ImportError)
 launch = pytest.importorskip("fmft_fast.kernels.launch", exc_type=ImportError)
 KERNELS, REFERENCE = trajectory.KERNELS, Reference()
@@ -212,17 +208,7 @@ def test_graph_capture() -> None:
 
 
 def test_numbers_in_the_interpreter() -> None:
-    if INTERPRETED:
-        pytest.skip("this is the process that interprets")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        [*command, "-k", "TestNumbers"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert " passed" in result.stdout and "skipped" not in result.stdout
+    interpret_numbers(__file__)
 
 
 def test_refusals() -> None:
@@ -273,9 +259,6 @@ def test_cubins(direction, hidden, stages, precision, capability, local, monkeyp
 
 def compile_for(network, shapes, direction, stages, capability):
     """The default kernel of a network, compiled ahead of time."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     how = launch.precision(direction, network)
     config = launch.configs(direction, network, how)[0]
     if direction == "forward":
@@ -284,32 +267,6 @@ def compile_for(network, shapes, direction, stages, capability):
         wanted = trajectory.Wanted((True,) * len(shapes), (), ())
         kernel = trajectory.backward_kernel(network, shapes, stages, config.tile, wanted)
     options = launch.options(config, how)
-    names = kernel.arg_names
     fixed = {name: options.pop(name) for name in ("BLOCK", "PRECISION")}
-    given = dict.fromkeys(fixed, "constexpr") | {"first": "*i32"}
-    given |= dict.fromkeys(("batch", "steps", "keep"), "i32")
-    signature = {name: given.get(name, "*fp32") for name in names}
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in fixed.items()},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if signature[name].startswith("*")
-        },
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def local_memory(cubin: bytes) -> int:
-    """The bytes of stack of the kernel in a cubin."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip(f"needs {tool}")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(usage.split("STACK:")[1].split()[0])
+    types = {"first": "*i32"} | dict.fromkeys(("batch", "steps", "keep"), "i32")
+    return compile_ahead(kernel, fixed, types, capability, options)
