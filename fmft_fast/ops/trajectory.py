@@ -132,6 +132,21 @@ class TrajectoryKernels(Protocol):
         ...
 
 
+class RecordableKernels(TrajectoryKernels, Protocol):
+    """Kernels that are many launches each, whose sequence depends on nothing but the arguments.
+
+    Whoever records them as CUDA graphs reads what `backward` wants kept as a tensor, None, or an
+    object whose `tensors()` are all its tensors.
+    """
+
+    def working_bytes(self, program: Program, y0: Tensor, keep: Keep) -> int:
+        """How many bytes a solve of y0 [batch, state] and its backward pass need, about.
+
+        Besides the tensors that go in and the gradients that come out.
+        """
+        ...
+
+
 class AdaptiveSolve(NamedTuple):
     """An adaptive solve.
 

@@ -270,6 +270,18 @@ class Layered:
             return f"the state must be float32 or float64, got {dtype}"
         return None
 
+    def working_bytes(self, program: Program, y0: Tensor, keep: Keep) -> int:
+        """See `RecordableKernels`."""
+        whole, stages = keep == "activations", program.steps * program.stages
+        width = sum(layer.width for layer in program.network.layers)
+        stage = len(y0) * width * y0.element_size()
+        # Of every layer the value and, at most, what its derivative needs apart from it.
+        held = 2 * stage * (stages if whole else 1) + len(program.outputs) * y0.nbytes
+        if keep == "nothing":
+            return held
+        chunk = min(program.steps, steps_per_chunk(program, y0, whole)) * program.stages
+        return held + stages * y0.nbytes + stage * chunk * (1 if whole else 3)
+
     @torch.no_grad()
     def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
         """See `TrajectoryKernels`."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,19 @@ from torch import Tensor, nn
 from ..fusion import Plan
 from ..ops.backend import LAYERED
 from ..ops.network import Inputs, Network
-from ..ops.trajectory import Keep, Program, TrajectoryKernels, flatten, rebuild
+from ..ops.trajectory import (
+    Keep,
+    Program,
+    RecordableKernels,
+    TrajectoryKernels,
+    flatten,
+    rebuild,
+)
 from .recorder import CaptureError, Recorder, find_recorder
 from .recordings import Recordings, autocast, layout, settings, stream_of
 
-# Most recorded solves, and most bytes that they hold of outputs and for their backward passes, all
-# together. A solve that holds more runs as usual: its layers are so large that launches matter
-# little. Each recorded backward pass has scratch memory besides, at most `BUDGET` of the kernels.
+# Most recorded solves, and most bytes that they may hold all together. A solve that would hold more
+# by itself runs as usual: its layers are so large that launches matter little.
 LIMIT = 16
 MOST_HELD = 1 << 30
 PATIENCE = 64
@@ -53,7 +59,9 @@ def with_recordings(
     if kernels.name != LAYERED:
         return kernels
     recorder = find_recorder(device)
-    return kernels if recorder is None else RecordedKernels(kernels, recorder, plan)
+    if recorder is None:
+        return kernels
+    return RecordedKernels(cast(RecordableKernels, kernels), recorder, plan)
 
 
 class RecordedKernels:
@@ -65,7 +73,7 @@ class RecordedKernels:
         plan: the field; what is recorded of it goes when it goes.
     """
 
-    def __init__(self, kernels: TrajectoryKernels, recorder: Recorder, plan: Plan):
+    def __init__(self, kernels: RecordableKernels, recorder: Recorder, plan: Plan):
         self.kernels, self.recorder, self.plan = kernels, recorder, plan
         self.name = kernels.name
 
@@ -84,7 +92,8 @@ class RecordedKernels:
                 return replayed
         out, kept = self.kernels.forward(program, inputs, keep)
         if kind is not None and size is None:
-            _cache.note(kind, sum(x.nbytes for x in (out, *_tensors_of(kept))))
+            assert inputs.y0 is not None
+            _cache.note(kind, self.kernels.working_bytes(program, inputs.y0, keep))
         return out, kept
 
     def backward(

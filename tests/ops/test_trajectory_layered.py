@@ -173,6 +173,36 @@ def test_parameters_that_require_grad_and_lie_apart_are_only_read():
     assert all(map(torch.equal, a, b)) and not any(x.requires_grad for x in b)
 
 
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_solve_needs_the_bytes_that_it_names(activation, steps):
+    network, shapes = chain(3, (64, 64), activation)
+    program = make_program(network, "midpoint", steps, (0, steps))
+    inputs = make_inputs(network, shapes, 50, 2 * steps)
+    grad = torch.ones(2, 50, 3, dtype=torch.float64)
+
+    def peak(work):
+        """Most bytes alive at once, of those that the work asks for."""
+        with torch.profiler.profile(profile_memory=True) as profile:
+            work()
+        alive = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                alive += event.nbytes()
+                most = max(most, alive)
+        return most
+
+    for keep in ("nothing", "inputs", "activations"):
+        named = KERNELS.working_bytes(program, inputs.y0, keep)
+        if keep == "nothing":
+            used = peak(lambda: KERNELS.forward(program, inputs, "nothing"))
+        else:
+            used = peak(lambda: solve(KERNELS, program, inputs, keep, grad))  # noqa: B023
+        results = sum(x.nbytes for x in flatten(inputs)) + 8 * inputs.y0.nbytes
+        assert used <= named + 2 * results
+        assert named <= 2.1 * used
+
+
 def test_refuses_other_dtypes():
     network, _ = chain(2, (4,))
     assert KERNELS.refuses(network, 1, 8, torch.float32) is None
