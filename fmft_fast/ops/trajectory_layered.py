@@ -289,6 +289,7 @@ class Layered:
         assert y is not None
         combine, stages = choose_kernels(y).rk_combine, program.steps * program.stages
         whole = keep == "activations"
+        stays = whole or program.stages == 1  # a slope, until its step is done
         tape = Tape(program.network, stages if whole else 1, y)
         starts = y.new_empty(stages, *y.shape) if keep == "inputs" else None
         out = y.new_empty(len(program.outputs), *y.shape)
@@ -304,7 +305,7 @@ class Layered:
                 if starts is not None:
                     starts[q].copy_(values[0])
                 field.run(values, seen, q, 1)
-                k.append(values[-1].clone())
+                k.append(values[-1] if stays else values[-1].clone())
             for j, m in enumerate(program.outputs):
                 if rows is not None and m == n:
                     out[j].copy_(combine(y, k, h, rows[j]))
@@ -368,11 +369,10 @@ class Adjoint:
         """Before the stages of step n."""
         self.n, self.bars = n, []
         if self.program.weights is None:
-            self.lam = self.lam + self.of_outputs(n + 1)
+            self.lam = self.with_outputs(self.lam, n + 1)
 
-    def of_outputs(self, n: int, weights: list[float] | None = None) -> Tensor | float:
-        """Sum of the gradients of the outputs numbered n, weighted."""
-        total: Tensor | float = 0.0
+    def with_outputs(self, total: Tensor, n: int, weights: list[float] | None = None) -> Tensor:
+        """Add the gradients of the outputs numbered n, weighted."""
         for j, m in enumerate(self.program.outputs):
             if m == n:
                 total = total + (self.grad[j] if weights is None else self.grad[j] * weights[j])
@@ -383,7 +383,7 @@ class Adjoint:
         program, h = self.program, self.h[self.n]
         total = self.lam * (h * program.b[i])
         if program.weights is not None:
-            total = total + self.of_outputs(self.n, (h * program.weights[:, i]).tolist())
+            total = self.with_outputs(total, self.n, (h * program.weights[:, i]).tolist())
         if not self.bars:
             return total
         later = range(program.stages - 1, i, -1)
@@ -393,11 +393,11 @@ class Adjoint:
         """After the stages of a step."""
         self.lam = self.combine(self.lam, self.bars, 1.0, (1.0,) * len(self.bars))
         if self.program.weights is not None:
-            self.lam = self.lam + self.of_outputs(self.n)
+            self.lam = self.with_outputs(self.lam, self.n)
 
     def total(self) -> Tensor:
         """dL/dy0 after the first step."""
-        return self.lam if self.program.weights is not None else self.lam + self.of_outputs(0)
+        return self.lam if self.program.weights is not None else self.with_outputs(self.lam, 0)
 
 
 def steps_per_chunk(program: Program, y0: Tensor, kept: bool) -> int:
