@@ -85,11 +85,43 @@ class Solve:
         /,
     ) -> None: ...
 
+class Control:
+    def __init__(
+        self,
+        bounds: Sequence[float],
+        numbers: Sequence[int],
+        c: Sequence[float],
+        b_err: Sequence[float],
+        dense: Sequence[Sequence[float]],
+        addresses: Sequence[int],
+        /,
+    ) -> None: ...
+
+class Pass:
+    forward: Pass
+    backward: Pass
+    adaptive: Pass
+    by_row: Pass
+    by_row_backward: Pass
+
 def trajectory_shared_memory(device: int, /) -> int: ...
 def multiprocessors(device: int, /) -> int: ...
-def trajectory_capacity(field: Field, backward: bool, device: int, /) -> int: ...
+def trajectory_capacity(field: Field, work: Pass, device: int, /) -> int: ...
 def trajectory_forward(
     field: Field, solve: Solve, blocks: int, device: int, stream: int, /
+) -> None: ...
+def trajectory_adaptive(
+    field: Field,
+    solve: Solve,
+    control: Control,
+    log: Sequence[int],
+    first: int,
+    room: int,
+    by_row: bool,
+    blocks: int,
+    device: int,
+    stream: int,
+    /,
 ) -> None: ...
 def trajectory_backward(
     field: Field, solve: Solve, blocks: int, gradients: int, device: int, stream: int, /

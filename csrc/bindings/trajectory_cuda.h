@@ -39,8 +39,8 @@ inline cuda::Field planned_field(const std::vector<int>& head,
 
 using Addresses = std::vector<Address>;
 
-// The tensors in groups: [y0, out, kept, grad, grad_y0, partials], [times, h, first, dense], parameters,
-// tables, conds, gradients of conds, values and deltas.
+// The tensors in groups: [y0, out, kept, grad, grad_y0, partials], [times, h, first, dense, row_times,
+// row_h], parameters, tables, conds, gradients of conds, values and deltas.
 inline cuda::Solve solve_call(const std::vector<Addresses>& at, const std::vector<int>& columns,
                               const std::vector<int>& parameter_at,
                               const std::vector<int64_t>& table_at, int64_t gradient_size,
@@ -49,7 +49,7 @@ inline cuda::Solve solve_call(const std::vector<Addresses>& at, const std::vecto
   using namespace cuda;
   if (b.size() > kMaxSolveStages || a.size() != b.size())
     throw std::invalid_argument("expected at most 7 stages, got " + std::to_string(b.size()));
-  if (at.size() != 8 || at[0].size() != 6 || at[1].size() != 4)
+  if (at.size() != 8 || at[0].size() != 6 || at[1].size() != 6)
     throw std::invalid_argument("expected 8 groups of addresses");
   auto fill = [](auto* into, const auto& from, size_t limit) {
     using To = std::remove_reference_t<decltype(*into)>;
@@ -76,6 +76,8 @@ inline cuda::Solve solve_call(const std::vector<Addresses>& at, const std::vecto
   solve.h = read(at[1][1]);
   solve.first = reinterpret_cast<const int*>(at[1][2]);
   solve.dense = read(at[1][3]);
+  solve.row_times = read(at[1][4]);
+  solve.row_h = read(at[1][5]);
   solve.batch = batch;
   solve.gradient_size = gradient_size;
   solve.steps = steps;
@@ -96,6 +98,46 @@ inline cuda::Solve solve_call(const std::vector<Addresses>& at, const std::vecto
   return solve;
 }
 
+// Bounds: rtol, atol, safety, ifactor, dfactor, min_step, max_step, first step or NaN. Numbers: most
+// attempts, order, direction, whether to meet the times, kept stages, times. Addresses: t, progress, states,
+// partials.
+inline cuda::Control control_call(const Numbers& bounds, const std::vector<int64_t>& numbers,
+                                  const Numbers& c, const Numbers& b_err,
+                                  const std::vector<Numbers>& dense, const Addresses& at) {
+  using namespace cuda;
+  const size_t stages = c.size();
+  if (bounds.size() != 8 || numbers.size() != 6 || at.size() != 4 || stages > kMaxSolveStages ||
+      b_err.size() != stages || dense.size() != stages)
+    throw std::invalid_argument("expected 8 bounds, 6 numbers, 4 addresses and at most 7 stages");
+  Control control{};
+  control.rtol = bounds[0];
+  control.atol = bounds[1];
+  control.safety = bounds[2];
+  control.ifactor = bounds[3];
+  control.dfactor = bounds[4];
+  control.min_step = bounds[5];
+  control.max_step = bounds[6];
+  control.first_step = bounds[7];
+  for (size_t i = 0; i < stages; ++i) {
+    control.c[i] = c[i];
+    control.b_err[i] = static_cast<float>(b_err[i]);
+    if (dense[i].size() != 4 || dense[i][0] != (i == 0))
+      throw std::invalid_argument("expected quartics whose slope at 0 is the first stage");
+    for (int j = 0; j < 3; ++j) control.dense[i][j] = dense[i][j + 1];
+  }
+  control.max_attempts = numbers[0];
+  control.order = static_cast<int>(numbers[1]);
+  control.direction = static_cast<int>(numbers[2]);
+  control.meet = static_cast<int>(numbers[3]);
+  control.kept_stages = static_cast<int>(numbers[4]);
+  control.times = static_cast<int>(numbers[5]);
+  control.t = reinterpret_cast<const double*>(at[0]);
+  control.progress = reinterpret_cast<Progress*>(at[1]);
+  control.states = reinterpret_cast<float*>(at[2]);
+  control.partials = reinterpret_cast<double*>(at[3]);
+  return control;
+}
+
 inline void bind_trajectory(pybind11::module_& module) {
   namespace py = pybind11;
   using namespace cuda;
@@ -104,7 +146,27 @@ inline void bind_trajectory(pybind11::module_& module) {
   py::class_<Solve>(module, "Solve", py::module_local()).def(py::init(&solve_call));
   module.def("trajectory_shared_memory", &trajectory_shared_memory);
   module.def("multiprocessors", &multiprocessors);
+  py::class_<Control>(module, "Control", py::module_local()).def(py::init(&control_call));
+  py::enum_<Pass>(module, "Pass", py::module_local())
+      .value("forward", Pass::forward)
+      .value("backward", Pass::backward)
+      .value("adaptive", Pass::adaptive)
+      .value("by_row", Pass::by_row)
+      .value("by_row_backward", Pass::by_row_backward);
+  static_assert(sizeof(Progress) == 56 && offsetof(Progress, accepted) == 40);
   module.def("trajectory_capacity", &trajectory_capacity);
+  // `log`: the addresses of nodes and sizes, with room for `room` steps from `first` on.
+  module.def("trajectory_adaptive", [](const Field& field, const Solve& solve, Control control,
+                                       const Addresses& log, int first, int room, bool by_row,
+                                       int blocks, int device, Address stream) {
+    control.nodes = reinterpret_cast<double*>(log.at(0));
+    control.sizes = reinterpret_cast<double*>(log.at(1));
+    control.first_number = first;
+    control.room = room;
+    py::gil_scoped_release release;
+    trajectory_adaptive(field, solve, control, by_row, blocks,
+                        {device, reinterpret_cast<void*>(stream)});
+  });
   module.def("trajectory_forward", [](const Field& field, const Solve& solve, int blocks,
                                       int device, Address stream) {
     py::gil_scoped_release release;

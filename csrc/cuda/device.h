@@ -23,6 +23,15 @@ void launch_with(size_t bytes, void (*kernel)(Params...), dim3 grid, int threads
   kernel<<<grid, threads, bytes, stream>>>(args...);
 }
 
+// The same for blocks that wait for each other: all of them run at once, or the launch fails.
+template <class... Params, class... Args>
+void launch_together(size_t bytes, void (*kernel)(Params...), dim3 grid, int threads,
+                     cudaStream_t stream, const Args&... args) {
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), addresses,
+                              bytes, stream);
+}
+
 FMFT_DEVICE unsigned char* dynamic_shared() {
   extern __shared__ float4 fmft_dynamic_shared[];
   return reinterpret_cast<unsigned char*>(fmft_dynamic_shared);

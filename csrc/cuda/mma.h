@@ -6,6 +6,8 @@
 #include "device.h"
 
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
+
 namespace fmft::cuda {
 
 // {low, high} rounded to bf16, in one register.
@@ -42,9 +44,19 @@ FMFT_DEVICE void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
                  : "memory");
 }
 
-FMFT_DEVICE float shuffle_xor(float value, int mask) {
+template <class Number>
+FMFT_DEVICE Number shuffle_xor(Number value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+// A barrier that tells every thread of the block whether one of them said yes.
+FMFT_DEVICE bool any_thread(bool yes) {
+  __syncwarp();
+  return __syncthreads_or(yes);
+}
+
+// A barrier for all blocks of a kernel that was launched by `launch_together`.
+FMFT_DEVICE void meet_all_blocks() { cooperative_groups::this_grid().sync(); }
 
 // Copies a number to shared memory while the thread goes on; wait_for_copies() waits for its own copies.
 FMFT_DEVICE void copy_later(float* into, const float* from) {

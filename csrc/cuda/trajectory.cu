@@ -25,14 +25,25 @@ FMFT_KERNEL __launch_bounds__(32 * kReduceGroups) reduce_kernel(const float* par
   out[column] = sum;
 }
 
-TrajectoryKernel kernel_of(const Field& field, bool backward) {
+TrajectoryKernel kernel_of(const Field& field, Pass pass) {
   switch (field.split) {
     case 1:
-      return trajectory_kernel<1>(field.row_tiles, backward);
+      return trajectory_kernel<1>(field.row_tiles, pass);
     case 2:
-      return trajectory_kernel<2>(field.row_tiles, backward);
+      return trajectory_kernel<2>(field.row_tiles, pass);
     default:
-      return trajectory_kernel<3>(field.row_tiles, backward);
+      return trajectory_kernel<3>(field.row_tiles, pass);
+  }
+}
+
+AdaptiveKernel adaptive_kernel_of(const Field& field, Pass pass) {
+  switch (field.split) {
+    case 1:
+      return adaptive_kernel_of<1>(field.row_tiles, pass);
+    case 2:
+      return adaptive_kernel_of<2>(field.row_tiles, pass);
+    default:
+      return adaptive_kernel_of<3>(field.row_tiles, pass);
   }
 }
 
@@ -42,23 +53,16 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-void run(const Field& field, const Solve& solve, bool backward, int blocks, const Queue& queue) {
-  launch_with(field.bytes, kernel_of(field, backward), blocks, 32 * field.warps, stream_of(queue),
-              field, solve);
-  check(cudaGetLastError(), backward ? "launching the adjoint of a solve" : "launching a solve");
+void run(const Field& field, const Solve& solve, Pass pass, int blocks, const Queue& queue) {
+  launch_with(field.bytes, kernel_of(field, pass), blocks, 32 * field.warps, stream_of(queue), field,
+              solve);
+  check(cudaGetLastError(),
+        pass == Pass::forward ? "launching a solve" : "launching the adjoint of a solve");
 }
 
-}  // namespace
-
-int trajectory_shared_memory(int device) {
-  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
-int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
-
-int trajectory_capacity(const Field& field, bool backward, int device) {
-  const DeviceGuard guard(device);
-  const TrajectoryKernel kernel = kernel_of(field, backward);
+// Lets a kernel have the shared memory of a device, and asks how many blocks run at once there.
+template <class Kernel>
+int capacity_of(Kernel kernel, const Field& field, int device) {
   const char* what = "reserving shared memory for a solve";
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              trajectory_shared_memory(device)),
@@ -73,15 +77,46 @@ int trajectory_capacity(const Field& field, bool backward, int device) {
   return blocks * multiprocessors(device);
 }
 
+}  // namespace
+
+int trajectory_shared_memory(int device) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+int trajectory_capacity(const Field& field, Pass pass, int device) {
+  const DeviceGuard guard(device);
+  if (pass == Pass::adaptive || pass == Pass::by_row)
+    return capacity_of(adaptive_kernel_of(field, pass), field, device);
+  return capacity_of(kernel_of(field, pass), field, device);
+}
+
 void trajectory_forward(const Field& field, const Solve& solve, int blocks, const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  run(field, solve, false, blocks, queue);
+  run(field, solve, Pass::forward, blocks, queue);
+}
+
+void trajectory_adaptive(const Field& field, const Solve& solve, const Control& control, bool by_row,
+                         int blocks, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  const auto start = [&](auto how, Pass pass) {
+    how(field.bytes, adaptive_kernel_of(field, pass), blocks, 32 * field.warps, stream_of(queue),
+        field, solve, control);
+  };
+  const auto apart = [](const auto&... args) { launch_with(args...); };
+  const auto together = [](const auto&... args) { launch_together(args...); };
+  if (by_row)
+    start(apart, Pass::by_row);
+  else
+    start(together, Pass::adaptive);
+  check(cudaGetLastError(), "launching an adaptive solve");
 }
 
 void trajectory_backward(const Field& field, const Solve& solve, int blocks, float* gradients,
                          const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  run(field, solve, true, blocks, queue);
+  run(field, solve, solve.row_h == nullptr ? Pass::backward : Pass::by_row_backward, blocks, queue);
   if (solve.partials == nullptr || solve.gradient_size == 0) return;
   launch(reduce_kernel, static_cast<unsigned>((solve.gradient_size + 31) / 32), 32 * kReduceGroups,
          stream_of(queue), static_cast<const float*>(solve.partials), blocks, solve.gradient_size,

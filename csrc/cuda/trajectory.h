@@ -74,6 +74,7 @@ struct Field {
   int inputs_at;    // float32 [state][rows]: the input of the next stage (backward only)
   int wait_last;    // as FieldLayer::wait, of the last layer
   int deferred;     // whether the gradients of the weights are left to the caller
+  int row_times_at;  // float32 [rows]: the times of the rows, where they differ
   FieldLayer layer[kMaxLayers];
   FieldTerm term[kMaxTerms];
   int skip[kMaxSkips];       // values
@@ -93,6 +94,9 @@ struct Solve {
   const float* h;      // [steps]
   const int* first;    // [steps + 2], where the outputs of a state, or inside a step, begin
   const float* dense;  // [outputs, stages]
+  // [steps stages, batch] and [steps, batch], if the samples have steps of their own: times and h.
+  const float* row_times;
+  const float* row_h;
   int64_t batch;
   int64_t gradient_size;
   int steps, stages;
@@ -109,14 +113,58 @@ struct Solve {
   float* deltas[kMaxLayers];
 };
 
+// How a solve with step control went on, see fmft_fast/ops/accepted.py.
+enum class Outcome : int { done, too_many_steps, underflow, not_finite, begun, on_its_way };
+
+// What step control has come to, in 56 bytes. Times run as s = direction t and grow.
+struct Progress {
+  double s, h;   // h: of the next step, before it is clamped
+  double ratio;  // of the last attempt's error
+  int64_t attempts, rejected;  // attempts since the last time of the output
+  int accepted;
+  int next;      // output
+  Outcome outcome;
+};
+
+// Step control as in fmft_fast/solvers/adaptive.py, for a method whose last stage is the first of the next
+// step.
+struct Control {
+  double rtol, atol, safety, ifactor, dfactor, min_step, max_step;
+  double first_step;  // NaN if it is to be guessed
+  double c[kMaxSolveStages];
+  float b_err[kMaxSolveStages];
+  double dense[kMaxSolveStages][3];  // of theta^2 ... theta^4; theta has 1 for the first stage alone
+  int64_t max_attempts;
+  int order;
+  int direction;
+  int meet;           // whether steps end at the times of the output
+  int kept_stages;    // of whose inputs Solve::kept holds those of a step
+  int times;
+  const double* t;    // [times]
+  // With steps of their own, the samples have all of the following for each of them: the last axis.
+  Progress* progress;
+  float* states;      // [2][2][batch, state]: a state and its slope, and the next ones
+  double* partials;   // [2][blocks][2]
+  // Steps first_step_number ... + room may be taken; there is room for their times, sizes and inputs.
+  int first_number, room;
+  double* nodes;      // [room + 1]: where they begin, and the end of the last one; in the direction of s
+  double* sizes;      // [room]
+};
+
+// Kernels of a solve; those of a solve with steps of the samples' own have 16 rows.
+enum class Pass : int { forward, backward, adaptive, by_row, by_row_backward };
+
 // How many blocks run at once on a device.
-int trajectory_capacity(const Field& field, bool backward, int device);
+int trajectory_capacity(const Field& field, Pass pass, int device);
 // Bytes of shared memory that a block may have.
 int trajectory_shared_memory(int device);
 int multiprocessors(int device);
 
 void trajectory_forward(const Field& field, const Solve& solve, int blocks, const Queue& queue);
-// Also adds up the rows of `partials` into `gradients` [gradient_size].
+// The first call, or one that goes on after there was no room. The samples share their steps, or not.
+void trajectory_adaptive(const Field& field, const Solve& solve, const Control& control, bool by_row,
+                         int blocks, const Queue& queue);
+// Steps of the samples' own if there is `row_h`. Also adds up the rows of `partials` into `gradients` [gradient_size].
 void trajectory_backward(const Field& field, const Solve& solve, int blocks, float* gradients,
                          const Queue& queue);
 

@@ -2,26 +2,29 @@
 // again from the stage's input. The gradients of weights are added up in shared memory by one block and
 // over the blocks by a kernel of its own, both in a fixed order.
 #pragma once
-#include "trajectory_kernels.h"
+#include "trajectory_block.h"
 
 namespace fmft::cuda {
 
-template <int T, int M>
-struct Adjoint : Block<T, M> {
-  using Block<T, M>::kRows;
-  using Block<T, M>::field;
-  using Block<T, M>::solve;
-  using Block<T, M>::row0;
+template <int T, int M, bool ByRow>
+struct Adjoint : Block<T, M, ByRow> {
+  using Base = Block<T, M, ByRow>;
+  using Base::field;
+  using Base::kRows;
+  using Base::row0;
+  using Base::row_times;
+  using Base::solve;
 
   float* partials = nullptr;  // of this block; null if no gradient of a parameter is wanted
   bool first = true;          // whether nothing has been written there yet
 
-  // Adds the gradient of what a layer adds to column c for all samples.
-  FMFT_DEVICE void add_vector_sum(const FieldLayer& layer, float t, int64_t q, int c,
-                                  float sum) const {
+  // Adds the gradient of what a layer adds to column c: its sum over the samples, and that of it times
+  // the time.
+  FMFT_DEVICE void add_vector_sum(const FieldLayer& layer, int64_t q, int c, float sum,
+                                  float sum_by_time) const {
     float* sums = floats(layer.vector_sums);
     sums[c] += sum;
-    if (layer.time >= 0) sums[16 * layer.tiles + c] += t * sum;
+    if (layer.time >= 0) sums[16 * layer.tiles + c] += sum_by_time;
     if (layer.table < 0 || solve.table_at[layer.table] < 0 || c >= layer.width) return;
     float& at = partials[solve.table_at[layer.table] + q * layer.width + c];
     at = first ? sum : at + sum;
@@ -71,11 +74,20 @@ struct Adjoint : Block<T, M> {
       for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float sum = 0.0f;
+          float sum = 0.0f, by_time = 0.0f;
 #pragma unroll
-          for (int m = 0; m < M; ++m) sum += g.at[m][n][e] + g.at[m][n][2 + e];
-          for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-          if (lane() < 4) add_vector_sum(layer, t, q, column_of(c, n) + e, sum);
+          for (int m = 0; m < M; ++m) {
+            sum += g.at[m][n][e] + g.at[m][n][2 + e];
+            if constexpr (ByRow)
+              by_time += row_times()[row_of(m, 0)] * g.at[m][n][e] +
+                         row_times()[row_of(m, 1)] * g.at[m][n][2 + e];
+          }
+          for (int mask = 4; mask < 32; mask *= 2) {
+            sum += shuffle_xor(sum, mask);
+            if constexpr (ByRow) by_time += shuffle_xor(by_time, mask);
+          }
+          if (lane() < 4)
+            add_vector_sum(layer, q, column_of(c, n) + e, sum, ByRow ? by_time : t * sum);
         }
     }
   }
@@ -134,9 +146,12 @@ struct Adjoint : Block<T, M> {
     const float* slopes = floats(field.slopes_at);
     if (partials != nullptr && last.vector_sums >= 0)
       for (int d = threadIdx.x; d < field.state; d += blockDim.x) {
-        float sum = 0.0f;
-        for (int row = 0; row < kRows; ++row) sum += slopes[d * kRows + row];
-        add_vector_sum(last, t, q, d, sum);
+        float sum = 0.0f, by_time = 0.0f;
+        for (int row = 0; row < kRows; ++row) {
+          sum += slopes[d * kRows + row];
+          if constexpr (ByRow) by_time += row_times()[row] * slopes[d * kRows + row];
+        }
+        add_vector_sum(last, q, d, sum, ByRow ? by_time : t * sum);
       }
     int done = field.layers;
     for (int i = field.layers - 2; i >= 0; --i) {
@@ -205,11 +220,13 @@ struct Adjoint : Block<T, M> {
   }
 };
 
-template <int T, int M>
+// The samples share their steps, or each has its own (ByRow): then a sample that has no step left takes one
+// of size 0 from 0, which adds nothing to any gradient.
+template <int T, int M, bool ByRow>
 FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID_CONSTANT Field field,
                                                               const FMFT_GRID_CONSTANT Solve solve) {
-  constexpr int kRows = Block<T, M>::kRows;
-  Adjoint<T, M> block{{field, solve}};
+  constexpr int kRows = 16 * M;
+  Adjoint<T, M, ByRow> block{{field, solve}};
   if (solve.partials != nullptr) block.partials = solve.partials + blockIdx.x * solve.gradient_size;
   block.load();
   __syncthreads();  // what load() makes zero is written below by other threads
@@ -224,8 +241,13 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID
        block.row0 += static_cast<int64_t>(gridDim.x) * kRows) {
     block.load_conds();
     block.template conds<false>();
+    const int64_t own_row = block.row0 + block.own_row();
     auto place = [&](int64_t n, int row, int d) {
       return (n * solve.batch + block.row0 + row) * field.state + d;
+    };
+    auto step_size = [&](int n) {
+      if constexpr (!ByRow) return solve.h[n];
+      return own_row < solve.batch ? solve.row_h[n * solve.batch + own_row] : 0.0f;
     };
     // Adds the outputs of state n, or inside step n, with a weight that depends on their number.
     auto outputs = [&](int n, int row, int d, auto weight) {
@@ -241,18 +263,24 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID
         if (q >= 0 && block.exists(row)) copy_later(input + e, solve.kept + place(q, row, d));
       });
     };
-    fetch_inputs(static_cast<int64_t>(solve.steps) * stages - 1);
-    block.fetch_tables(static_cast<int64_t>(solve.steps) * stages - 1);
+    int steps = solve.steps;
+    if constexpr (ByRow)
+      while (steps > 0 && !any_thread(step_size(steps - 1) != 0.0f)) --steps;
+    fetch_inputs(static_cast<int64_t>(steps) * stages - 1);
+    block.fetch_tables(static_cast<int64_t>(steps) * stages - 1);
     auto one = [](int) { return 1.0f; };
     const bool dense = solve.dense != nullptr;
     block.for_state([&](int e, int row, int d) {
       gy[e] = dense ? 0.0f : outputs(solve.steps, row, d, one);
     });
-    for (int n = solve.steps - 1; n >= 0; --n) {
-      const float h = solve.h[n];
+    for (int n = steps - 1; n >= 0; --n) {
+      const float h = step_size(n);
+      const bool moves = !ByRow || h != 0.0f;
       for (int s = stages - 1; s >= 0; --s) {
         const int64_t q = static_cast<int64_t>(n) * stages + s;
-        const float t = solve.times[q];
+        float t = 0.0f;
+        if constexpr (!ByRow) t = solve.times[q];
+        else if (moves) t = solve.row_times[q * solve.batch + own_row];
         wait_for_copies();
         block.for_state([&](int e, int row, int d) {
           float sum = solve.b[s] * gy[e];
@@ -261,10 +289,11 @@ FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID
             sum += outputs(n, row, d, [&](int o) { return solve.dense[o * stages + s]; });
           gk[e] = h * sum;
           store_one<T>(delta, row, d, h * sum);
-          store_one<T>(x, row, d, block.exists(row) ? input[e] : 0.0f);
+          store_one<T>(x, row, d, block.exists(row) && moves ? input[e] : 0.0f);
           const int kept = field.layer[last].kept;
           if (kept >= 0 && block.exists(row)) solve.deltas[kept][place(q, row, d)] = h * sum;
         });
+        if (ByRow && threadIdx.x < kRows) block.row_times()[threadIdx.x] = t;
         __syncthreads();
         fetch_inputs(q - 1);
         block.fetch_tables(q - 1);

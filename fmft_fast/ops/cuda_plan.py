@@ -40,8 +40,12 @@ def lay_out(
     stages: int,
     backward: bool,
     deferred: bool,
+    by_row: bool = False,
 ) -> Plan:
-    """Lay out shared memory and the order of work for a network that kernels support."""
+    """Lay out shared memory and the order of work for a network that kernels support.
+
+    by_row: whether every sample has a time of its own.
+    """
     layers, last = with_identities(network), len(network.layers) - 1
     rows, tiles = 16 * row_tiles, [tiles_of(network.width(v)) for v in range(len(layers) + 1)]
     warps = min(MAX_WARPS, max(tiles))
@@ -66,6 +70,7 @@ def lay_out(
     stages_at = fixed.take(4 * (1 + stages) * rows * network.state)
     slopes_at = fixed.take(4 * rows * network.state * backward)
     inputs_at = fixed.take(4 * rows * network.state * backward)
+    row_times_at = fixed.take(4 * rows * by_row)
     conds = [fixed.take(lanes[i + 1] * (x.cond is not None)) for i, x in enumerate(layers)]
     cond_sums = [
         fixed.take(lanes[i + 1] * (x.cond is not None and backward)) for i, x in enumerate(layers)
@@ -140,6 +145,7 @@ def lay_out(
     head = [split, row_tiles, warps, total, network.state, tiles[0], len(layers), len(terms)]
     head += [*consumers.at[0], *skipper_list.at[0], zero_begin, zero_end, state_value, stages_at]
     head += [splits, place("partial", 0), slopes_at, inputs_at, order.waits[last], deferred]
+    head += [row_times_at]
     field = make_field(
         [int(x) for x in head],
         [[int(x) for x in row] for row in described],

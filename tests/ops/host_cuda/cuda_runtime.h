@@ -1,6 +1,6 @@
 // The words of CUDA that csrc/cuda uses, on the host. Every CUDA thread of a block is a fiber. A warp runs
 // until all of it waits for the block, then the next one, so that a result which needs a barrier that is
-// not there comes out wrong. The blocks run one after the other. This shows the arithmetic, the indexing,
+// not there comes out wrong. The blocks run one after the other, or, launched together, side by side. This shows the arithmetic, the indexing,
 // the tails and missing barriers, not speed.
 #pragma once
 #include <ucontext.h>
@@ -17,7 +17,7 @@
 
 #define FMFT_KERNEL inline void
 #define FMFT_DEVICE inline
-#define FMFT_SHARED static  // blocks take turns, so that one copy serves them all
+#define FMFT_SHARED static  // blocks take turns, so that one copy serves them all (not those launched together)
 #define FMFT_GRID_CONSTANT
 #define __launch_bounds__(...)
 
@@ -54,7 +54,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   const Meeting* meeting = nullptr;
   unsigned long round = 0;
-  bool done = false;
+  bool done = false, vote = false;
   std::vector<std::pair<float*, const float*>> copies;
 };
 
@@ -65,13 +65,23 @@ struct Warp {
   const uint16_t* rows[32];
 };
 
+struct Block {
+  dim3 index;
+  Meeting meeting;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<float4> shared;  // begins as NaN
+};
+
 inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline Meeting block;
-inline unsigned current = 0;
-inline std::vector<float4> shared;
+inline Block* block = nullptr;  // that runs
+inline unsigned current = 0;    // thread of it
+inline Meeting grid;
 inline std::function<void()> body;
+
+inline Fiber& fiber() { return block->fibers[current]; }
+inline Warp& warp() { return block->warps[current / 32]; }
+inline int lane() { return static_cast<int>(current % 32); }
 
 inline void meet(Meeting& meeting) {
   if (++meeting.arrived == meeting.count) {
@@ -79,58 +89,68 @@ inline void meet(Meeting& meeting) {
     ++meeting.round;
     return;
   }
-  Fiber& fiber = fibers[current];
-  fiber.meeting = &meeting;
-  fiber.round = meeting.round;
-  swapcontext(&fiber.context, &scheduler);
+  fiber().meeting = &meeting;
+  fiber().round = meeting.round;
+  swapcontext(&fiber().context, &scheduler);
 }
-
-inline Warp& warp() { return warps[current / 32]; }
-inline int lane() { return static_cast<int>(current % 32); }
 
 inline void run_fiber() {
   body();
-  fibers[current].done = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  fiber().done = true;
+  swapcontext(&fiber().context, &scheduler);
 }
 
-// FMFT_HOST_ORDER=reverse lets the last warp run ahead instead of the first.
-inline void run_block(unsigned threads) {
-  const char* order = std::getenv("FMFT_HOST_ORDER");
-  const bool reverse = order && !std::strcmp(order, "reverse");
-  for (Fiber& fiber : fibers) {
-    fiber.meeting = nullptr;
-    fiber.done = false;
+inline Block make_block(dim3 index, unsigned threads, size_t bytes) {
+  Block made{index, {static_cast<int>(threads)}, {}, {}, {}};
+  made.fibers.resize(threads);
+  made.warps.assign((threads + 31) / 32, Warp{{32}});
+  made.shared.assign(bytes / sizeof(float4) + 1, {NAN, NAN, NAN, NAN});
+  for (Fiber& fiber : made.fibers) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
   }
-  // Runs the threads first ... first + 31 until each waits for others; returns whether one ran.
-  auto run_warp = [&](unsigned first) {
-    bool any = false;
-    for (bool ran = true; ran;) {
-      ran = false;
-      for (unsigned t = first; t < std::min(first + 32, threads); ++t) {
-        Fiber& fiber = fibers[t];
-        if (fiber.done || (fiber.meeting && fiber.meeting->round == fiber.round)) continue;
-        fiber.meeting = nullptr;
-        current = t;
-        threadIdx = dim3(t);
-        swapcontext(&scheduler, &fiber.context);
-        any = ran = true;
-      }
+  return made;
+}
+
+// Runs the threads first ... first + 31 of a block until each waits for others; returns whether one ran.
+inline bool run_warp(Block& of, unsigned first) {
+  const unsigned threads = static_cast<unsigned>(of.fibers.size());
+  bool any = false;
+  for (bool ran = true; ran;) {
+    ran = false;
+    for (unsigned t = first; t < std::min(first + 32, threads); ++t) {
+      Fiber& fiber = of.fibers[t];
+      if (fiber.done || (fiber.meeting && fiber.meeting->round == fiber.round)) continue;
+      fiber.meeting = nullptr;
+      block = &of;
+      blockIdx = of.index;
+      current = t;
+      threadIdx = dim3(t);
+      swapcontext(&scheduler, &fiber.context);
+      any = ran = true;
     }
-    return any;
-  };
-  const unsigned count = (threads + 31) / 32;
+  }
+  return any;
+}
+
+// FMFT_HOST_ORDER=reverse lets the last warp of the last block run ahead instead of the first.
+inline void run_blocks(std::vector<Block>& blocks) {
+  const char* order = std::getenv("FMFT_HOST_ORDER");
+  const bool reverse = order && !std::strcmp(order, "reverse");
+  std::vector<std::pair<Block*, unsigned>> warps;
+  for (Block& of : blocks)
+    for (unsigned i = 0; i < of.warps.size(); ++i) warps.emplace_back(&of, 32 * i);
+  if (reverse) std::reverse(warps.begin(), warps.end());
   for (bool any = true; any;) {
     any = false;
-    for (unsigned i = 0; i < count; ++i) any |= run_warp(32 * (reverse ? count - 1 - i : i));
+    for (auto [of, first] : warps) any |= run_warp(*of, first);
   }
-  for (const Fiber& fiber : fibers)
-    if (!fiber.done) std::abort();  // it waits for threads that have left
+  for (const Block& of : blocks)
+    for (const Fiber& fiber : of.fibers)
+      if (!fiber.done) std::abort();  // it waits for threads that have left
 }
 
 inline float from_bits(uint32_t bits) {
@@ -147,7 +167,7 @@ inline uint32_t bits_of(float value) {
 
 }  // namespace host
 
-inline void __syncthreads() { host::meet(host::block); }
+inline void __syncthreads() { host::meet(host::block->meeting); }
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -181,23 +201,29 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 
 namespace fmft::cuda {
 
-// Shared memory begins as NaN.
 template <class... Params, class... Args>
 void launch_with(size_t bytes, void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t,
                  const Args&... args) {
-  using namespace host;
   gridDim = grid;
   blockDim = dim3(threads);
-  fibers.clear();
-  fibers.resize(threads);
-  body = [&] { kernel(args...); };
+  host::body = [&] { kernel(args...); };
   for (unsigned b = 0; b < grid.x * grid.y; ++b) {
-    blockIdx = dim3(b % grid.x, b / grid.x);
-    block = {threads};
-    warps.assign((threads + 31) / 32, Warp{{32}});
-    shared.assign(bytes / sizeof(float4) + 1, {NAN, NAN, NAN, NAN});
-    run_block(threads);
+    std::vector<host::Block> alone;
+    alone.push_back(host::make_block(dim3(b % grid.x, b / grid.x), threads, bytes));
+    host::run_blocks(alone);
   }
+}
+
+template <class... Params, class... Args>
+void launch_together(size_t bytes, void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t,
+                     const Args&... args) {
+  gridDim = grid;
+  blockDim = dim3(threads);
+  host::body = [&] { kernel(args...); };
+  host::grid = {static_cast<int>(grid.x) * threads};
+  std::vector<host::Block> blocks;
+  for (unsigned b = 0; b < grid.x; ++b) blocks.push_back(host::make_block(dim3(b), threads, bytes));
+  host::run_blocks(blocks);
 }
 
 template <class... Params, class... Args>
@@ -206,7 +232,7 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stre
 }
 
 inline unsigned char* dynamic_shared() {
-  return reinterpret_cast<unsigned char*>(host::shared.data());
+  return reinterpret_cast<unsigned char*>(host::block->shared.data());
 }
 
 inline uint16_t to_bf16(float value) {
@@ -258,21 +284,35 @@ void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
   host::meet(warp.meeting);
 }
 
-inline float shuffle_xor(float value, int mask) {
+template <class Number>
+Number shuffle_xor(Number value, int mask) {
   host::Warp& warp = host::warp();
-  warp.sent[host::lane()][0] = host::bits_of(value);
+  std::memcpy(warp.sent[host::lane()], &value, sizeof value);
   host::meet(warp.meeting);
-  const float found = host::from_bits(warp.sent[host::lane() ^ mask][0]);
+  Number found;
+  std::memcpy(&found, warp.sent[host::lane() ^ mask], sizeof found);
   host::meet(warp.meeting);
   return found;
 }
 
+inline bool any_thread(bool yes) {
+  host::Block& block = *host::block;
+  host::fiber().vote = yes;
+  __syncthreads();
+  bool any = false;
+  for (const host::Fiber& fiber : block.fibers) any |= fiber.vote;
+  __syncthreads();
+  return any;
+}
+
+inline void meet_all_blocks() { host::meet(host::grid); }
+
 // A copy comes as late as it may.
 inline void copy_later(float* into, const float* from) {
-  host::fibers[host::current].copies.emplace_back(into, from);
+  host::fiber().copies.emplace_back(into, from);
 }
 inline void wait_for_copies() {
-  auto& copies = host::fibers[host::current].copies;
+  auto& copies = host::fiber().copies;
   for (auto [into, from] : copies) *into = *from;
   copies.clear();
 }
