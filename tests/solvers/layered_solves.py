@@ -119,9 +119,8 @@ CHANGES = {
 def train(field, device="cpu", **settings):
     """The weights after fine-tuning."""
     torch.manual_seed(0)
-    config = FinetuneConfig(
-        **{"steps": 12, "solver_steps": (2, 3), "method": "midpoint", "batch_size": 16},
-        **{"coupling": "ot-fixed", "warmup": 3, "lr": 1e-2, "device": device, **settings},
-    )
+    default = {"steps": 12, "solver_steps": (2, 3), "method": "midpoint", "batch_size": 16}
+    default |= {"coupling": "ot-fixed", "warmup": 3, "lr": 1e-2}
+    config = FinetuneConfig(**{**default, "device": device, **settings})
     tuner = MLEFineTuner(field, torch.randn(64, 3), config=config, progress=False)
     return list(tuner.run().model.state_dict().values())
