@@ -42,7 +42,7 @@ BUDGET = 460.0  # seconds in all
 TEST_LIMIT, SANITIZER_LIMIT, PEER_LIMIT = 180.0, 60.0, 60.0
 LATENCY_LIMIT = 45.0
 SANITIZED = ROOT / "tests/ops/test_trajectory_gpu.py"
-TIMED = ("p1", "small", "wide", "policy")
+TIMED = ("p1", "small", "wide", "policy", "dopri5")
 WIDE = ("wide", "policy")
 # What matters most comes first: the rest goes without if time runs out.
 ORDER = (

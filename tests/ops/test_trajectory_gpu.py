@@ -12,9 +12,14 @@ import pytest
 import torch
 from networks import chain, make_inputs, make_program, viscosity
 
+from fmft_fast import fused, odeint
+from fmft_fast import solve as solve_exactly
 from fmft_fast.errors import InputError
-from fmft_fast.ops.network import ACTIVATIONS, Inputs
-from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
+from fmft_fast.fields import MLP
+from fmft_fast.ops.network import ACTIVATIONS, Inputs, Network
+from fmft_fast.ops.trajectory import Control, Program, Reference, flatten, rebuild
+from fmft_fast.solvers.methods import METHODS
+from fmft_fast.solvers.per_sample import SolvedPerSample
 
 pytestmark = pytest.mark.gpu
 REFERENCE = Reference()
@@ -146,6 +151,89 @@ def test_a_repeated_solve_does_not_wait_for_the_device(kernels) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+CONTROL = Control(rtol=1e-4, atol=1e-5)
+ADAPTIVE = {
+    "one block": (chain(2, (64, 64), "silu"), 31),
+    "small": (chain(2, (64, 64, 64), "selu"), 4096),
+    "condition": (chain(3, (40,), "gelu", cond=True), 1023),
+    "more rows than blocks hold": (chain(7, (32,), "silu"), 20_003),
+}
+
+
+def steep(name) -> tuple[Network, Inputs]:
+    """A field and inputs whose rows need different steps."""
+    (network, shapes), batch = ADAPTIVE[name]
+    inputs = to(make_inputs(network, shapes, batch, 0, device="cuda"), torch.float32)
+    size = torch.linspace(0.1, 3, batch, device="cuda")[:, None]
+    return network, replace(inputs, y0=size * inputs.y0)
+
+
+def both_ways(kernels, name, method, t):
+    """A solve with step control, and all gradients of a fixed sum of its outputs."""
+    network, inputs = steep(name)
+    found = kernels.adaptive(network, METHODS[method].tableau, CONTROL, inputs, t, "inputs")
+    wanted = rebuild(inputs, [True] * len(flatten(inputs)))
+    grad = torch.linspace(-1, 1, found.out.numel(), device="cuda").reshape(found.out.shape)
+    grads = kernels.backward(found.program, inputs, found.kept, grad, wanted)
+    return found, grad, [found.out, *flatten(grads)]
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
+def test_steps_with_control(kernels, name, method) -> None:
+    found, grad, mine = both_ways(kernels, name, method, [1.0, 0.7, -0.5])
+    assert found.outcome == "done"
+    again = both_ways(kernels, name, method, [1.0, 0.7, -0.5])[2]
+    torch.testing.assert_close(again, mine, rtol=0, atol=0)
+    _, inputs = steep(name)
+    wanted = rebuild(inputs, [True] * len(flatten(inputs)))
+    solved = []
+    for dtype in (torch.float32, torch.float64):
+        own = to(inputs, dtype)
+        out, _ = REFERENCE.forward(found.program, own, "nothing")
+        grads = REFERENCE.backward(found.program, own, None, grad.to(dtype), wanted)
+        solved.append([out, *flatten(grads)])
+    for i, (x, single, exact) in enumerate(zip(mine, *solved, strict=True)):
+        assert relative(x, exact) <= 2 * relative(single, exact) + 1e-5, f"tensor {i}"
+
+
+@pytest.mark.parametrize("name", ["one block", "condition", "more rows than blocks hold"])
+def test_steps_of_the_rows_own(kernels, name) -> None:
+    (network, inputs), tableau = steep(name), METHODS["bosh3"].tableau
+    wanted = rebuild(inputs, [True] * len(flatten(inputs)))
+
+    def run():
+        found = kernels.adaptive_per_sample(network, tableau, CONTROL, inputs, 0.0, 1.0, "inputs")
+        assert found.failed is None
+        grad = torch.linspace(-1, 1, found.y.numel(), device="cuda").reshape(found.y.shape)
+        return found, grad, flatten(kernels.backward_per_sample(found.kept, grad, wanted))
+
+    (found, grad, grads), (again, _, grads_again) = run(), run()
+    torch.testing.assert_close([again.y, *grads_again], [found.y, *grads], rtol=0, atol=0)
+    assert len(set(found.accepted.tolist())) > 1
+    method, none = tableau.advancing, torch.empty(0)
+    program = Program(network, method.a, method.b, none, none, ())
+    solved = SolvedPerSample(kernels, program, found.y, found.kept, inputs, method.c)
+    leaves = [x.double().requires_grad_() for x in flatten(inputs)]
+    y = solved.run(rebuild(inputs, leaves))
+    exact = torch.autograd.grad(y, leaves, grad.double(), materialize_grads=True)
+    for mine, truth in zip([found.y, *grads], [y.detach(), *exact], strict=True):
+        assert relative(mine, truth) <= 2e-5
+
+
+def test_odeint_controls_its_steps_on_the_device(kernels) -> None:
+    torch.manual_seed(0)
+    field, x0 = MLP(2, hidden=(64, 64)).cuda(), torch.randn(500, 2, device="cuda")
+    t = torch.tensor([0.0, 0.3, 1.0], device="cuda")
+    own = {"per_sample": True}
+    with fused("require"):
+        found = odeint(field, x0, t, rtol=1e-6, atol=1e-6, method="dopri5")
+        rows = solve_exactly(field, x0, method="dopri5", rtol=1e-6, atol=1e-6, options=own).y
+    exact = odeint(field.double(), x0.double(), t.double(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(rows.double(), exact[-1], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer of the CUDA toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -167,4 +255,10 @@ if __name__ == "__main__":
 
     for field in ("five layers", "skips", "viscosity", "weights' gradients outside"):
         solve(KERNELS, *FIELDS[field]())
+    both_ways(KERNELS, "one block", "bosh3", [0.0, 1.0])
+    network, inputs = steep("one block")
+    given = METHODS["bosh3"].tableau, CONTROL, inputs, 0.0, 1.0, "inputs"
+    rows = KERNELS.adaptive_per_sample(network, *given)
+    every = rebuild(inputs, [True] * len(flatten(inputs)))
+    KERNELS.backward_per_sample(rows.kept, torch.ones_like(rows.y), every)
     torch.cuda.synchronize()
