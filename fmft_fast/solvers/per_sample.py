@@ -159,7 +159,7 @@ def _refuse(reason: str) -> NoReturn:
     raise InputError(
         "option per_sample expects rtol and atol, dopri5, tsit5, bosh3 or dopri8, the final "
         "state, and a field that can be fused (see `explain`): on a CPU in float32 or float64, on "
-        "a GPU in float32, by kernels of CUDA and with dopri5, tsit5 or bosh3, "
+        "a GPU in float32 (CUDA kernels do not take dopri8, Triton does), "
         f"but {reason}. Change that, or leave the option out: all rows then share their steps"
     )
 

@@ -57,7 +57,7 @@ def solve(
     # Where all outputs are ends of steps, the last stage serves the error alone.
     each = stages - control.meet if keep != "nothing" else 0
 
-    given, start, numbers = _numbers(tableau, control, tuple(t), y0.numel(), y0.device)
+    given, start, numbers = given_numbers(control, tableau, tuple(t), y0.numel(), y0.device)
     out = y0.new_empty((len(t), batch, width))
     out[0] = y0
     carried = y0.new_zeros((2, 2, batch, width))  # in two places, the state and its slope
@@ -120,8 +120,8 @@ def with_room(x: Tensor, rows: int) -> Tensor:
 
 
 @lru_cache(128)
-def _numbers(
-    tableau: Any, control: Control, t: tuple[float, ...], entries: int, where: torch.device
+def given_numbers(
+    control: Control, tableau: Any, t: tuple[float, ...], entries: int, where: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the step control is given, its state at first, and the numbers of the first slope."""
     stages, direction = len(tableau.b), 1.0 if t[-1] >= t[0] else -1.0

@@ -20,7 +20,7 @@ def attempt_kernel(network: Network, shapes: Shapes, stages: int, tile: int) -> 
     A program that is alone controls the steps as well, and makes many attempts.
     """
     source = _Attempt(network, shapes, stages, tile).source()
-    functions = {"control": control.control, "squares": control.squares}
+    functions = {"control": control.control, "measures": control.measures}
     return compile_kernel(source, **functions)
 
 
@@ -88,10 +88,10 @@ class _Attempt(Writer):
             self.add(f"error = {' + '.join(f'w{j} * {k}_{c}' for j, k in enumerate(ks))}")
             tile = f"y_{c}, end_{c}, error, k0_{c}, rows, batch, given, {n}, {pn}"
             names = ", ".join(f"{name}_{c}" for name in ("errors", "sizes", "bad"))
-            self.add(f"{names} = squares({tile})")
+            self.add(f"{names} = measures({tile})")
             self.add(f"last_{c} = tl.where(phase == {control.START.value}, k0_{c}, {ks[-1]}_{c})")
         for i, name in enumerate(("errors", "sizes", "bad")):
-            total = " + ".join(f"{name}_{c}" for c in parts)
+            total = " + ".join(f"tl.sum({name}_{c})" for c in parts)
             self.add(f"tl.store(sums + {i} * tl.num_programs(0) + program, {total})")
         self.put_rows("target", "end", state)
         self.put_rows("target + size", "last", state)

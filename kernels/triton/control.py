@@ -121,8 +121,8 @@ def total(sums, tiles):
 
 
 @triton.jit
-def squares(y, end, error, slope, rows, batch, given, N: tl.constexpr, PN: tl.constexpr):
-    """What a tile of N columns adds to its sums."""
+def measures(y, end, error, slope, rows, batch, given, N: tl.constexpr, PN: tl.constexpr):
+    """What every entry of a tile of N columns adds to the sums."""
     rtol, atol = tl.load(given + RTOL).to(tl.float32), tl.load(given + ATOL).to(tl.float32)
     inside = (rows[:, None] < batch) & (tl.arange(0, PN)[None, :] < N)
     # NaN in `end` makes the comparison false and so reaches the scale.
@@ -131,7 +131,7 @@ def squares(y, end, error, slope, rows, batch, given, N: tl.constexpr, PN: tl.co
     size = tl.where(inside, y / scale, 0.0).to(tl.float64)
     is_finite = (tl.abs(y) < float("inf")) & (tl.abs(slope) < float("inf"))
     bad = tl.where(inside & ~is_finite, 1.0, 0.0).to(tl.float64)
-    return tl.sum(ratio * ratio), tl.sum(size * size), tl.sum(bad)
+    return ratio * ratio, size * size, bad
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def control(
     tl.store(log + 2 * accepted.to(tl.int64), direction * end, mask=accepts)
     tl.store(log + 2 * accepted.to(tl.int64) + 1, direction * h, mask=accepts)
     tl.store(state + ACCEPTED, accepted + accepts.to(tl.float64))
-    tl.store(state + REJECTED, rejected + (steps & ~accepts).to(tl.float64))
+    tl.store(state + REJECTED, rejected + (steps & ~accepts & ~fails).to(tl.float64))
     tl.store(state + PLACE, tl.where(accepts | starts, 1.0 - place, place))
     after = tl.where(accepts, beyond, before)
     attempts = tl.where(after > before, 0.0, attempts + steps.to(tl.float64))
@@ -293,3 +293,62 @@ def control_kernel(
         control(
             state, given, numbers, weights, sums, log, tiles, outputs, STAGES, PLACES, STAGE_PLACES
         )
+
+
+@triton.jit
+def control_rows(
+    given,
+    phase,
+    target,
+    first_node,
+    ratio,
+    size,
+    bad,
+    s,
+    h,
+    end,
+    accepted,
+    rejected,
+    attempts,
+    outcome,
+    guess,
+    slope,
+    last,
+):
+    """Accept or reject the attempt of every row, and plan the next one, with values in registers.
+
+    The last step of a row ends at the target.
+    """
+    # The interpreter does not take a condition of one number and one of every row together.
+    zeros = tl.zeros_like(s)
+    first_step, min_step = tl.load(given + FIRST_STEP) + zeros, tl.load(given + MIN_STEP)
+    runs, phase = outcome == RUNNING, phase + zeros
+    starts, probes, steps = phase == START, phase == PROBE, phase == STEP
+    guesses = starts & (first_step != first_step)
+    fails = steps & ~(ratio < float("inf")) & ((bad > 0.0) | (h <= min_step))
+    fails = fails | (guesses & ~(size + ratio < float("inf")))
+    accepts = runs & steps & ((ratio <= 1.0) | (h <= min_step)) & ~fails
+    accepted += accepts.to(tl.float64)
+    rejected += (runs & steps & ~accepts & ~fails).to(tl.float64)
+    attempts += (runs & steps).to(tl.float64)
+    last = tl.where(runs & steps & ~fails, ratio, last)
+
+    raw = tl.where(probes, first_size(guess, slope, ratio / guess, given), first_step)
+    raw = clamp(tl.where(steps, next_size(h, ratio, given), raw), given)
+    guess = tl.where(guesses, first_guess(size, ratio), guess)
+    slope = tl.where(starts, ratio, slope)
+    s = tl.where(accepts, end, s)
+    end = s + raw
+    ends = tl.where(end > s, RUNNING, UNDERFLOW)
+    ends = tl.where(attempts >= tl.load(given + MOST), TOO_MANY, ends)
+    ends = tl.where(s >= target, DONE, ends)
+    ends = tl.where(guesses, RUNNING, ends)
+    ends = tl.where(fails, NOT_FINITE, ends).to(tl.float64)
+    outcome = tl.where(runs, ends, outcome)
+    meets = target < end
+    h = tl.where(meets, target - s, raw)
+    end = tl.where(meets, target, end)
+    # The slope after a guess is the second stage of a step whose second node lies there.
+    h = tl.where(guesses, guess / first_node, h)
+    end = tl.where(guesses, s + h, end)
+    return s, h, end, accepted, rejected, attempts, outcome, guess, slope, last, accepts

@@ -19,20 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from fmft_fast.kernels import adaptive
+from fmft_fast.kernels import adaptive, per_sample
+from fmft_fast.kernels.gradients import Gradients
 from fmft_fast.kernels.launch import Config, arguments, choose_config, options, precision
 from fmft_fast.kernels.trajectory_source import (
-    Wanted,
     backward_kernel,
     forward_kernel,
-    offsets,
     reads,
 )
-from fmft_fast.kernels.writer import padded, pieces, used
+from fmft_fast.kernels.writer import padded, pieces
 from torch import Tensor
 
 from fmft_fast.ops.network import Inputs, Network
-from fmft_fast.ops.trajectory import AdaptiveSolve, Control, Keep, Program, Row
+from fmft_fast.ops.trajectory import AdaptiveSolve, Control, Keep, PerSampleSolve, Program, Row
 
 MAX_WIDTH = 128
 # Products of tiles in the field: every one is written out, and takes its time to compile.
@@ -103,60 +102,50 @@ class TritonTrajectory:
         """See `AdaptiveKernels`; the inputs of all stages are kept."""
         return adaptive.solve(network, tableau, control, inputs, t, keep)
 
+    def adaptive_per_sample(
+        self,
+        network: Network,
+        tableau: Any,
+        control: Control,
+        inputs: Inputs,
+        t0: float,
+        t1: float,
+        keep: Keep,
+    ) -> PerSampleSolve:
+        """Solve to t1, every row with step control of its own: see `CpuTrajectoryKernels`."""
+        return per_sample.solve(network, tableau, control, inputs, t0, t1, keep)
+
+    def backward_per_sample(
+        self, kept: per_sample.KeptRows, grad: Tensor, wanted: Inputs
+    ) -> Inputs:
+        """Gradients of the inputs from that of the final states, with the steps held constant."""
+        return per_sample.backward(kept, grad, wanted)
+
     def backward(
         self, program: Program, inputs: Inputs, kept: Any, grad: Tensor, wanted: Inputs
     ) -> Inputs:
         """Gradients of the inputs by the exact adjoint of the solve."""
         y0, tensors = arguments(program.network, inputs)
-        wants = Wanted(tuple(wanted.parameters), tuple(wanted.tables), tuple(wanted.conds))
-        shapes = tuple(tuple(p.shape) for p in inputs.parameters)
-        ends, stages = offsets(shapes, wants), program.steps * program.stages
-        used_tables, used_conds = used(program.network)
-        widths = {i: inputs.tables[i].shape[1] for i in used_tables if wants.tables[i]}
-        size = ends[-1] + stages * sum(widths.values())
-        grad = grad.contiguous()
-        grad_y0 = torch.empty_like(y0)
-        conds = [
-            torch.zeros_like(c) if w else None
-            for c, w in zip(inputs.conds, wants.conds, strict=False)
-        ]
-        written = [conds[i] for i in used_conds if wants.conds[i]]
-        partials = y0.new_zeros((1, size))
+        found = Gradients(program.network, inputs, wanted, program.steps * program.stages)
         if program.steps == 0:
-            grad_y0 = grad.sum(0)
-        else:
-            numbers = _numbers(program, y0.device)
+            found.y0 = grad.sum(0)
+            return found.collect(y0.new_zeros((1, found.size)))
+        grad, numbers = grad.contiguous(), _numbers(program, y0.device)
+        partials = y0
 
-            def launch(config: Config) -> None:
-                nonlocal partials
-                blocks = triton.cdiv(y0.shape[0], config.block)
-                programs = min(blocks, _most_programs(y0.device))
-                partials = y0.new_zeros((programs, size))
-                kernel = backward_kernel(
-                    program.network, shapes, program.stages, config.tile, wants
-                )
-                first = (grad_y0, partials, grad, kept, *numbers, y0.shape[0], program.steps)
-                how = precision("backward", program.network)
-                kernel[programs,](*first, *written, *tensors, **options(config, how))
+        def launch(config: Config) -> None:
+            nonlocal partials
+            partials = y0.new_zeros((found.programs(config.block), found.size))
+            kernel = backward_kernel(
+                program.network, found.shapes, program.stages, config.tile, found.wanted
+            )
+            first = (found.y0, partials, grad, kept, *numbers, y0.shape[0], program.steps)
+            how = precision("backward", program.network)
+            kernel[len(partials),](*first, *found.written, *tensors, **options(config, how))
 
-            with torch.cuda.device_of(y0):
-                launch(choose_config("backward", program, y0, launch))
-        sums = partials.sum(0)
-        parts = [sums[i:j] for i, j in zip(ends, ends[1:], strict=False)]
-        rest = iter(sums[ends[-1] :].split([stages * w for w in widths.values()]))
-        tables = {i: next(rest).view(stages, w) for i, w in widths.items()}
-        return Inputs(
-            grad_y0 if wanted.y0 else None,
-            [
-                p.view(s) if w else None
-                for p, s, w in zip(parts, shapes, wants.parameters, strict=False)
-            ],
-            [
-                tables.get(i, torch.zeros_like(x)) if w else None
-                for i, (x, w) in enumerate(zip(inputs.tables, wants.tables, strict=True))
-            ],
-            conds,
-        )
+        with torch.cuda.device_of(y0):
+            launch(choose_config("backward", program, y0, launch))
+        return found.collect(partials)
 
 
 def _overlap(network: Network) -> bool:
@@ -231,13 +220,6 @@ def _copied(
         torch.from_numpy(factors.astype(np.float32)).to(device),
         torch.from_numpy(first.astype(np.int32)).to(device),
     )
-
-
-def _most_programs(device: torch.device) -> int:
-    """How many programs run a backward pass, each over blocks of samples one after another."""
-    if device.type != "cuda":
-        return 2
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 KERNELS = TritonTrajectory()

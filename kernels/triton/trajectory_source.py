@@ -36,7 +36,7 @@ def backward_kernel(
     network: Network, shapes: Shapes, stages: int, tile: int, wanted: Wanted
 ) -> Any:
     """The kernel of the gradient of a whole solve."""
-    return compile_kernel(_Backward(network, shapes, stages, tile, wanted).source())
+    return compile_kernel(Backward(network, shapes, stages, tile, wanted).source())
 
 
 def offsets(shapes: Shapes, wanted: Wanted) -> list[int]:
@@ -110,11 +110,16 @@ class _Forward(Writer):
         # A store in the loop also keeps Triton from loading all weights before the loop, for which
         # there are not enough registers; where nothing is kept it goes to the same place again.
         self.put_rows("kept + q * (size * keep)", "v0", self.network.state)
-        self.add(f"t = tl.load({time})")
+        self.time(time)
         self.field(derivatives=False)
 
 
-class _Backward(Writer):
+class Backward(Writer):
+    """The kernel of the gradient of a whole solve."""
+
+    tensors = ("grad_y0", "partials", "grad", "kept", "numbers", "weights", "first")
+    steps = "steps"
+
     def __init__(
         self, network: Network, shapes: Shapes, stages: int, tile: int, wanted: Wanted
     ) -> None:
@@ -127,11 +132,10 @@ class _Backward(Writer):
         self.conds = {i: widths[i] for i in conds if wanted.conds[i]}
 
     def source(self) -> str:
+        """The kernel."""
         state, s = self.network.state, self.stages
-        ks = [f"k{j}" for j in range(s)]
-        first = ["grad_y0", "partials", "grad", "kept", "numbers", "weights", "first"]
         grads = [f"grad_cond{i}" for i in self.conds]
-        with self.kernel([*first, "batch", "steps", *grads]):
+        with self.kernel([*self.tensors, "batch", "steps", *grads]):
             self.add("program = tl.program_id(0).to(tl.int64)")
             self.add(f"size = batch.to(tl.int64) * {state}")
             tables = f"steps.to(tl.int64) * {s * sum(self.tables.values())}"
@@ -141,30 +145,48 @@ class _Backward(Writer):
             loop = "range(tl.program_id(0), tl.cdiv(batch, BLOCK), tl.num_programs(0))"
             with self.block(f"for block in {loop}:"):
                 self.add("rows = tl.arange(0, BLOCK).to(tl.int64) + block * BLOCK")
-                self.zeros("gy", state)
                 for i, width in self.conds.items():
                     self.zeros(f"sum_cond{i}", width)
-                with self.block("for m in range(0, steps):"):
-                    self.add("n = steps - 1 - m", f"at = numbers + n * {s * (s + 2)}")
-                    self.step(ks)
+                self.begin()
+                with self.block(f"for m in range(0, {self.steps}):"):
+                    self.add(f"n = {self.steps} - 1 - m")
+                    self.step()
                 for i, width in self.conds.items():
                     self.put_rows(f"grad_cond{i}", f"sum_cond{i}", width)
             for _, _, put in self.sums():
                 self.add(f"put_vector({put})")
         return "\n".join(self.lines) + "\n"
 
-    def step(self, ks: list[str]) -> None:
-        state, s = self.network.state, self.stages
-        parts = range(len(self.pieces(0)))
-        for c in parts:
-            for j, k in enumerate(ks):
-                self.add(f"{k}_{c} = tl.load(at + {s + s * s + j}) * gy_{c}")
+    def begin(self) -> None:
+        """Write the gradient of the state after the last step."""
+        self.zeros("gy", self.network.state)
+
+    def numbers(self) -> None:
+        """Write where the numbers of a step lie."""
+        self.add(f"at = numbers + n * {self.stages * (self.stages + 2)}")
+
+    def outputs(self, ks: list[str]) -> None:
+        """Write what comes from the outputs inside a step."""
         with self.block("for o in range(tl.load(first + n), tl.load(first + n + 1)):"):
             for c, piece in enumerate(self.pieces(0)):
-                self.add(f"g_{c} = {self.rows('grad + o * size', state, piece)}")
+                self.add(f"g_{c} = {self.rows('grad + o * size', self.network.state, piece)}")
                 self.add(f"gy_{c} += g_{c}")
                 for j, k in enumerate(ks):
-                    self.add(f"{k}_{c} += tl.load(weights + o * {s} + {j}) * g_{c}")
+                    self.add(f"{k}_{c} += tl.load(weights + o * {self.stages} + {j}) * g_{c}")
+
+    def inputs(self, piece: tuple[int, int, int]) -> str:
+        """A tile of a stage's inputs."""
+        return self.rows("kept + q * size", self.network.state, piece)
+
+    def step(self) -> None:
+        """Write the backward pass of a step."""
+        s, parts = self.stages, range(len(self.pieces(0)))
+        ks = [f"k{j}" for j in range(s)]
+        self.numbers()
+        for c in parts:
+            for j, k in enumerate(ks):
+                self.add(f"{k}_{c} = {self.weight(f'at + {s + s * s + j}')} * gy_{c}")
+        self.outputs(ks)
         if s == 1:
             self.add("q = n")
             self.stage("k0", "at")
@@ -177,7 +199,7 @@ class _Backward(Writer):
                     self.add(f"g_{c} = tl.where(i == {j}, {k}_{c}, g_{c})")
             self.stage("g", "at + i")
             for j, k in enumerate(ks[:-1]):
-                self.add(f"w{j} = tl.load(at + {s} + i * {s} + {j})")
+                self.add(f"w{j} = {self.weight(f'at + {s} + i * {s} + {j}')}")
                 self.add(*(f"{k}_{c} += w{j} * g0_{c}" for c in parts))
 
     def sums(self) -> Iterator[tuple[str, int, str]]:
@@ -194,9 +216,9 @@ class _Backward(Writer):
     def stage(self, grad: str, time: str) -> None:
         """Write the field again at a stage's input, and g0, what comes back through it."""
         state = self.network.state
-        self.add(f"t = tl.load({time})")
+        self.time(time)
         for c, piece in enumerate(self.pieces(0)):
-            self.add(f"v0_{c} = {self.rows('kept + q * size', state, piece)}")
+            self.add(f"v0_{c} = {self.inputs(piece)}")
         self.field(derivatives=True)
         self.known = {self.last: grad}
         self.columns: dict[tuple[int, int], str] = {}
@@ -268,9 +290,13 @@ class _Backward(Writer):
             if by_bias:
                 self.add(f"sum{layer.bias}_0_{c} += {s}")
             if by_time:
-                self.add(f"sum{layer.time[0]}_{layer.time[1]}_{c} += t * {s}")
+                self.add(f"sum{layer.time[0]}_{layer.time[1]}_{c} += {self.times_sum(b, s)}")
             if by_table:
                 before = self.columns.get((layer.table, c))
                 self.columns[layer.table, c] = f"{before} + {s}" if before else s
             if layer.cond is not None and wanted.conds[layer.cond]:
                 self.add(f"sum_cond{layer.cond}_{c} += {b}")
+
+    def times_sum(self, grad: str, total: str) -> str:
+        """The sum over the rows of the time times a gradient."""
+        return f"t * {total}"

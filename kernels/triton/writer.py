@@ -111,26 +111,40 @@ class Writer:
         at = i * stride + term.column + j
         return f"{kind}(p{term.weight} + {at}, {n}, {k}, {stride}, {pn}, {pk})"
 
-    def rows(self, pointer: str, width: int, piece: tuple[int, int, int]) -> str:
-        """A tile of the program's rows of a matrix."""
+    def rows(
+        self, pointer: str, width: int, piece: tuple[int, int, int], where: str = "rows, batch"
+    ) -> str:
+        """A tile of the program's rows, or of others below a bound, of a matrix."""
         i, n, pn = piece
-        return f"rows_of({pointer} + {i}, rows, batch, {width}, {n}, {pn})"
+        return f"rows_of({pointer} + {i}, {where}, {width}, {n}, {pn})"
 
-    def put_rows(self, pointer: str, name: str, width: int) -> None:
-        """Write a store of the program's rows of a matrix."""
+    def put_rows(self, pointer: str, name: str, width: int, where: str = "rows, batch") -> None:
+        """Write a store of the program's rows, or of others below a bound, of a matrix."""
         for c, (i, n, pn) in enumerate(pieces(width, self.tile)):
             x = f"{name}_{c}"
-            self.add(f"put_rows({pointer} + {i}, rows, batch, {x}, {width}, {n}, {pn})")
+            self.add(f"put_rows({pointer} + {i}, {where}, {x}, {width}, {n}, {pn})")
 
     def zeros(self, name: str, width: int) -> None:
         """Write zeros in the form of a value."""
         for c, (_, _, pn) in enumerate(pieces(width, self.tile)):
             self.add(f"{name}_{c} = tl.zeros((BLOCK, {pn}), tl.float32)")
 
+    def weight(self, at: str) -> str:
+        """A coefficient of the method times h."""
+        return f"tl.load({at})"
+
+    def time(self, at: str) -> None:
+        """Write the time of a stage."""
+        self.add(f"t = tl.load({at})")
+
+    def times(self, vector: str) -> str:
+        """The time times a vector, as it is added to a tile."""
+        return f"(t * {vector})[None, :]"
+
     def combine(self, name: str, weights: str, base: str, terms: list[str]) -> None:
         """Write base plus the sum of terms times numbers on the device."""
         for j in range(len(terms)):
-            self.add(f"w{j} = tl.load({weights} + {j})")
+            self.add(f"w{j} = {self.weight(f'{weights} + {j}')}")
         for c in range(len(self.pieces(0))):
             sums = [f"w{j} * {term}_{c}" for j, term in enumerate(terms)]
             self.add(f"{name}_{c} = {' + '.join([f'{base}_{c}', *sums])}")
@@ -160,7 +174,7 @@ class Writer:
             if layer.time is not None:
                 (p, column), stride = layer.time, self.stride(layer.time[0])
                 at = f"p{p} + {i * stride + column}"
-                self.add(f"{z} += (t * vector({at}, {n}, {stride}, {pn}))[None, :]")
+                self.add(f"{z} += {self.times(f'vector({at}, {n}, {stride}, {pn})')}")
             if layer.table is not None:
                 at = f"table{layer.table} + q * {layer.width} + {i}"
                 self.add(f"{z} += vector({at}, {n}, 1, {pn})[None, :]")

@@ -24,6 +24,7 @@ from fmft_fast.ops.trajectory import Program, Reference, flatten, rebuild
 
 pytest.importorskip("triton")
 trajectory = pytest.importorskip("fmft_fast.kernels.trajectory", exc_type=ImportError)
+source = pytest.importorskip("fmft_fast.kernels.trajectory_source", exc_type=ImportError)
 launch = pytest.importorskip("fmft_fast.kernels.launch", exc_type=ImportError)
 KERNELS, REFERENCE = trajectory.KERNELS, Reference()
 
@@ -264,7 +265,7 @@ def compile_for(network, shapes, direction, stages, capability):
     if direction == "forward":
         kernel = trajectory.forward_kernel(network, shapes, stages, config.tile)
     else:
-        wanted = trajectory.Wanted((True,) * len(shapes), (), ())
+        wanted = source.Wanted((True,) * len(shapes), (), ())
         kernel = trajectory.backward_kernel(network, shapes, stages, config.tile, wanted)
     options = launch.options(config, how)
     fixed = {name: options.pop(name) for name in ("BLOCK", "PRECISION")}
