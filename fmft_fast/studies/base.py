@@ -44,6 +44,7 @@ class Study:
         table: `table(rows)` gives Markdown; a row is the settings and measures of one cell.
         figures: `figures(rows, folder)` draws PNG files into the folder and gives them.
         models: `models(settings)` gives the pre-trained models that a cell loads.
+        summary: what the table shows of several seeds.
 
     Example:
         >>> find_study("checkpoint-timing").question[:8]
@@ -57,6 +58,7 @@ class Study:
     table: Callable[[Rows], str]
     figures: Callable[[Rows, Path], list[Path]]
     models: Callable[[Settings], Sequence[Pretrained]] = _no_models
+    summary: str = "Medians"
 
 
 STUDIES: dict[str, Study] = {}

@@ -103,6 +103,7 @@ STUDY = register(
         cells=cells,
         measure=measure,
         table=show,
+        summary="Means of roll-outs",
         figures=draw,
         models=models,
     )
