@@ -156,7 +156,8 @@ def write_up(study: Study, place: Place, content: Mapping[str, Any]) -> None:
     seeds = ", ".join(map(str, content["seeds"]))
     text = (
         f"# {study.name}\n\n{study.question}\n\n    fmft study {study.name}\n\n"
-        f"{study.summary} over seeds {seeds} with 95 % bootstrap intervals, by {len(rows)} cells.\n\n"
+        f"{study.summary} over seeds {seeds} with 95 % bootstrap intervals, by {len(rows)} "
+        f"cells.\n\n"
         f"{shown}\n"
     )
     write_json(place.out / "results.json", content)
