@@ -68,10 +68,13 @@ class _Rows(_ByRow):
             for c, piece in enumerate(self.pieces(0)):
                 self.add(f"y_{c} = {self.rows('y', state, piece)}")
                 self.add(f"k0_{c} = {self.rows('slopes', state, piece)}")
-            self.add("left = rounds")
-            with self.block("while left > 0:"):
+            more = f"more = tl.max((outcome == {control.RUNNING.value}).to(tl.int32), 0)"
+            self.add(more)
+            # A loop in a `while` breaks the compiler of Triton 3.2 and 3.3.
+            with self.block("for round in range(0, rounds):"), self.block("if more > 0:"):
                 self.attempt()
                 self.control()
+                self.add(more)
             self.put_rows("y", "y", state)
             self.put_rows("slopes", "k0", state)
             for i, name in enumerate(ROW):
@@ -136,8 +139,6 @@ class _Rows(_ByRow):
         probe, step = control.PROBE.value, control.STEP.value
         self.add(f"guesses = ({is_start}) & ({first_step} != {first_step})")
         self.add(f"phase = tl.where(guesses, {probe}, {step})")
-        self.add(f"more = tl.max((outcome == {control.RUNNING.value}).to(tl.int32), 0)")
-        self.add("left = tl.where(more > 0, left - 1, 0)")
 
 
 class _RowsBackward(_ByRow, Backward):

@@ -8,7 +8,8 @@ fixed order afterwards: results are the same from run to run.
 
 Precision follows `torch.get_float32_matmul_precision()`: "highest" multiplies in float32, "high" on
 tensor cores with three products in TF32 (forward up to width 64, backward up to 32, in float32
-beyond), "medium" with one. State and sums are in float32. Step control is in `adaptive`.
+beyond), "medium" with one. State and sums are in float32. Step control is in `adaptive`
+and, for every sample by itself, in `per_sample`.
 """
 
 from __future__ import annotations

@@ -164,7 +164,8 @@ class TestNumbers:
         there = to(inputs, device)
         found = solve(KERNELS, network, tableau, (0.0, 0.1), there, **options)
         assert found.outcome == expected.outcome == "done"
-        assert found.rejected == expected.rejected > 5
+        assert expected.rejected > 5
+        assert abs(found.rejected - expected.rejected) <= (0 if INTERPRETED else 1)
         # A step that cannot be made smaller ends the solve.
         options = {"first_step": 1e30, "min_step": 1e30, "max_step": 1e30}
         assert solve(CPU, network, tableau, (0.0, 0.1), inputs, **options).outcome == "not finite"
@@ -201,7 +202,8 @@ class TestNumbers:
         def run(mode, *where):
             mine = copy.deepcopy(field).to(*where)
             with fused(mode), record_stats() as log:
-                y = odeint(mine, y0.to(*where), t, **options)
+                start = y0.to(*where)
+                y = odeint(mine, start, t.to(start.device), **options)
             gradients = torch.autograd.grad(y.square().sum(), [*mine.parameters()])
             return log[0], [y, *gradients]
 
@@ -214,7 +216,8 @@ class TestNumbers:
 
     def test_odeint_says_what_went_wrong(self, device, monkeypatch) -> None:
         monkeypatch.setattr(whole_solve, "choose_trajectory", lambda *_: KERNELS)
-        field, y0, t = MLP(2, (16,)).to(device), torch.randn(4, 2).to(device), torch.tensor(GRID)
+        field, y0 = MLP(2, (16,)).to(device), torch.randn(4, 2).to(device)
+        t = torch.tensor(GRID).to(device)
         with pytest.raises(MaxStepsError):
             odeint(field, y0, t, method="dopri5", options={"max_num_steps": 1, "max_step": 0.05})
         y0[2, 1] = math.nan
