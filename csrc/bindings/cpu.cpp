@@ -7,6 +7,7 @@
 
 #include "../cpu/step.h"
 #include "../cpu/threads.h"
+#include "repeated.h"
 #include "step_call.h"
 #include "trajectory_call.h"
 #include "unchanged.h"
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("dense_eval", &dense_eval);
   bind_trajectories(module);
   bind_per_sample(module);
+  bind_repeated(module);
   bind_unchanged(module);
   module.def("same_bytes", [](const Addresses& a, const Addresses& b,
                               const std::vector<size_t>& sizes) {

@@ -1,8 +1,16 @@
 """Find out whether a velocity field is a network that whole-trajectory kernels can evaluate."""
 
-from .find import find_plan
+from .find import find_plan, noted, notes_with, undisturbed
 from .opened import open_condition
 from .plan import Plan
 from .refusal import NotFusable
 
-__all__ = ["NotFusable", "Plan", "find_plan", "open_condition"]
+__all__ = [
+    "NotFusable",
+    "Plan",
+    "find_plan",
+    "noted",
+    "notes_with",
+    "open_condition",
+    "undisturbed",
+]

@@ -33,7 +33,7 @@ _traces: dict[Any, int] = {}
 class _Entry:
     """A result, for which fields and arguments it holds, and what it depends on."""
 
-    __slots__ = ("parts", "about", "guards", "result", "seen", "refused", "rest", "used")
+    __slots__ = ("parts", "about", "guards", "result", "seen", "refused", "rest", "used", "notes")
 
     def __init__(self, parts: list[Any], about: tuple, rest: Any, guards: Guards, result: Any):
         self.parts, self.about, self.rest = parts, about, rest
@@ -41,15 +41,20 @@ class _Entry:
         self.seen: set[tuple[int, ...]] = set()
         self.refused: set[tuple[int, ...]] = set()
         self.used = False
+        self.notes: dict[Any, Any] = {}
 
-    def matches(self, parts: tuple, about: tuple, rest: Any) -> bool:
-        """Whether a call asks for this."""
-        if self.about != about or len(self.parts) != len(parts):
+    def is_of(self, parts: tuple, rest: Any) -> bool:
+        """Whether a field is the same one."""
+        if len(self.parts) != len(parts):
             return False
         for i, ref in enumerate(self.parts):
             if ref() is not parts[i]:
                 return False
-        return self.rest == rest and self.guards.hold()
+        return self.rest == rest
+
+    def matches(self, parts: tuple, about: tuple, rest: Any) -> bool:
+        """Whether a call asks for this."""
+        return self.about == about and self.is_of(parts, rest) and self.guards.hold()
 
 
 def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan | NotFusable:
@@ -75,6 +80,32 @@ def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan |
                 return result
             return NotFusable(*BATCH_MATTERS)
     return _find(field, y0, cond, key, parts, rest, about)
+
+
+def undisturbed(y0: Tensor) -> bool:
+    """Whether nothing is at work around the call, and y0 is a plain state."""
+    return not torch._C._len_torch_function_stack() and _surroundings(y0, None) is None
+
+
+def noted(field: Callable, key: Any) -> dict[Any, Any] | None:
+    """The notes with a plan of this very field that still holds, if the key is among them.
+
+    The caller compares the tensors that the field reads, see `notes_with`, and asks `undisturbed`.
+    """
+    name, parts, rest = _identity(field)
+    for entry in _cache.get(name, ()):
+        if key in entry.notes and entry.is_of(parts, rest) and entry.guards.scopes_hold():
+            return entry.notes
+    return None
+
+
+def notes_with(field: Callable, plan: Plan) -> tuple[dict[Any, Any], list[Tensor]] | None:
+    """The notes kept as long as a plan of this very field, and the tensors that the field reads."""
+    name, parts, rest = _identity(field)
+    for entry in _cache.get(name, ()):
+        if entry.result is plan and entry.is_of(parts, rest):
+            return entry.notes, entry.guards.tensors_read
+    return None
 
 
 def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:

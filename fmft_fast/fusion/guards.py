@@ -336,6 +336,15 @@ class Guards:
         """Whether everything is as it was."""
         return self._unchanged.hold() and self._alike.hold()
 
+    def scopes_hold(self) -> bool:
+        """Whether everything is as it was, apart from the tensors' dtypes, shapes and devices."""
+        return self._unchanged.hold()
+
+    @property
+    def tensors_read(self) -> list[Tensor]:
+        """The tensors that the field can read."""
+        return list(self._tensors)
+
 
 def _cells(f: FunctionType) -> list[tuple[str, Any]]:
     """What a function closes over, by name."""

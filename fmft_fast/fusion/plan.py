@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class Plan:
     Attributes:
         network: its layers.
         needs_tables: whether the stage times must be known before the solve.
+        constant: whether `bind` gives the tensors of the field and nothing else.
+        tensors: of the field, one for every parameter of the network, None for those derived.
     """
 
     def __init__(self, found: Found, axes: int, state: Tensor, trace: Trace):
@@ -47,8 +50,9 @@ class Plan:
         self.axes, self.trace = axes, trace
         self.found = found
         self.needs_tables = bool(found.tables)
-        self.plain = all(node.tensor is not None for node in found.parameters)
-        self._tensors = [node.tensor for node in found.parameters]
+        derived = any(node.tensor is None for node in found.parameters)
+        self.constant = not (derived or found.tables or found.conds)
+        self.tensors: list[Any] = [node.tensor for node in found.parameters]
         self._times = Fitted(found.tables, frozenset(["t"]))
         self._kept = KeptTables(self._times)
         self._conds = Fitted(found.conds, frozenset(["cond"]))
@@ -76,8 +80,8 @@ class Plan:
             cond: the condition of the solve.
             lead: leading dimensions of the state, if they are not those of the condition.
         """
-        if self.plain and not self.found.tables and not self.found.conds:
-            return Inputs(None, list(self._tensors))
+        if self.constant:
+            return Inputs(None, [x.resolve_neg() for x in self.tensors])
         known: list[Tensor] = []
         if self._times.nodes:
             assert times is not None

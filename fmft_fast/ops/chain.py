@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fmft_fast.ops.compiled import CPU, TYPE_CODES
 from fmft_fast.ops.network import ACTIVATIONS
 
 MAX_ROWS = 4
-TYPE_CODES = {torch.float32: 0, torch.float64: 1}
-
-try:
-    _cpu = importlib.import_module("fmft_fast._cpu")
-except ImportError:
-    _cpu = None
 
 
 class Link(NamedTuple):
@@ -65,7 +59,7 @@ class Chain:
         ]
         self._leading = [w.shape[-1] for w in self._tensors]
         self._dtype = _dtype_of(self._tensors)
-        self._compiled = None if _cpu is None else _cpu.Chain(self._links)
+        self._compiled = None if CPU is None else CPU.Chain(self._links)
 
     def run(self, x: Tensor) -> list[Tensor] | None:
         """The wanted values [rows, width] of x [rows, width], without a graph.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,10 @@ class CpuTrajectoryKernels:
         solve, alive = _solve(program, tensors)
         memory = _cpu.trajectory_forward(solve, KEEP_CODES[keep], out.data_ptr())
         return out, None if keep == "nothing" else Kept(solve, alive, memory)
+
+    def repeated(self, program: Program, inputs: Inputs, keep: Keep, final: bool) -> RepeatedSolve:
+        """A solve for tensors that come again and again, alike in all but their numbers."""
+        return RepeatedSolve(program, inputs, keep, final)
 
     def adaptive(
         self,
@@ -189,6 +194,41 @@ class CpuTrajectoryKernels:
         found, addresses = _gradients(kept.tensors[0], wanted)
         grad = grad.contiguous()
         _cpu.per_sample_backward(kept.solve, kept.rows, grad.data_ptr(), *addresses)
+        return found
+
+
+class RepeatedSolve:
+    """A program on tensors of the same shapes every time: a state and parameters, contiguous.
+
+    Args:
+        program: the steps, of a network without tables and conditions.
+        inputs: tensors like those that will come.
+        keep: see `TrajectoryKernels.forward`.
+        final: whether there is one output, wanted as [batch, state].
+    """
+
+    def __init__(self, program: Program, inputs: Inputs, keep: Keep, final: bool):
+        y0 = inputs.y0
+        assert y0 is not None and not inputs.tables and not inputs.conds
+        solve, (_, self._steps) = _solve(program, inputs)
+        self._compiled = _cpu.Repeated(solve, [x.numel() for x in inputs.parameters])
+        self._keep, self._dtype = KEEP_CODES[keep], y0.dtype
+        self._shape = tuple(y0.shape) if final else (len(program.outputs), *y0.shape)
+
+    def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, _cpu.Run]:
+        """The outputs [K, batch, state], and what was kept, with whether the last is finite."""
+        out = torch.empty(self._shape, dtype=self._dtype)
+        addresses = [x.data_ptr() for x in tensors]
+        threads = torch.get_num_threads()
+        return out, self._compiled.forward(self._keep, threads, out.data_ptr(), addresses)
+
+    def backward(
+        self, run: _cpu.Run, grad: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of the tensors that `forward` had from that of the outputs."""
+        found = [torch.empty_like(x) if w else None for x, w in zip(tensors, wanted, strict=True)]
+        grad = grad.contiguous()
+        self._compiled.backward(run, grad.data_ptr(), [_address(x) for x in found])
         return found
 
 

@@ -16,7 +16,10 @@ from ..ops.trajectory import Program, TrajectoryKernels, flatten, rebuild, run
 
 @dataclass
 class Solved:
-    """A solve that was done, and what its backward pass needs besides the tensors."""
+    """A solve that was done, and what its backward pass needs besides the tensors.
+
+    `like` is the structure of the inputs; torch keeps the tensors, and sees changes in place.
+    """
 
     kernels: TrajectoryKernels
     program: Program
@@ -32,9 +35,23 @@ class Solved:
         """The gradients of the inputs from that of the outputs."""
         return self.kernels.backward(self.program, inputs, self.kept, grad, wanted)
 
+    def gradients(
+        self, tensors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Like `pull_back`, with the inputs in one list as `flatten` gives it."""
+        inputs, wants = (rebuild(self.like, list(x)) for x in (tensors, wanted))
+        return flatten(self.pull_back(inputs, grad, wants))
+
+
+def structure(inputs: Inputs) -> Inputs:
+    """The counts of the tensors, without them."""
+    lists = ([None] * len(x) for x in (inputs.parameters, inputs.tables, inputs.conds))
+    return Inputs(None, *lists)
+
 
 def attach(solved: Solved, inputs: Inputs) -> Tensor:
     """The outputs of a solve with their place in the graph."""
+    solved.like = structure(inputs)
     tensors = (x.clone() if x.is_inference() else x for x in flatten(inputs))
     attached = SolvedInOneCall.apply(solved, *tensors)
     assert isinstance(attached, Tensor)
@@ -48,10 +65,6 @@ class SolvedInOneCall(torch.autograd.Function):
     def forward(ctx, solved, *tensors):
         """Hand out what was computed before."""
         out, solved.out = solved.out, None
-        like = solved.like
-        # The structure alone: the tensors are kept by torch, which sees changes in place.
-        lists = ([None] * len(x) for x in (like.parameters, like.tables, like.conds))
-        solved.like = Inputs(None, *lists)
         ctx.solved = solved
         ctx.save_for_backward(*tensors)
         return out
@@ -62,9 +75,7 @@ class SolvedInOneCall(torch.autograd.Function):
         solved, tensors, wants = ctx.solved, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or is_traced() or _is_batched(grad):
             return None, *_differentiate(solved, tensors, wants, grad)
-        inputs, wanted = (rebuild(solved.like, list(x)) for x in (tensors, wants))
-        grads = solved.pull_back(inputs, grad, wanted)
-        return None, *flatten(grads)
+        return None, *solved.gradients(tensors, grad, wants)
 
 
 def _differentiate(

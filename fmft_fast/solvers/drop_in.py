@@ -36,7 +36,7 @@ from .inputs import NormalisedField, Problem, State, normalise
 from .multistep import AdamsStepper
 from .scipy_bridge import integrate_with_scipy
 from .stats import SolveStats, report
-from .whole_solve import integrate_fused, route_or_none
+from .whole_solve import integrate_fused, odeint_again, route_or_none
 
 
 def odeint(
@@ -88,6 +88,10 @@ def odeint(
     """
     if event_fn is not None:
         event_fn = _combine(event_fn, y0, t)
+    elif not (options or torch.compiler.is_compiling()) and type(rtol) is type(atol) is float:
+        again = odeint_again(func, y0, t, method)
+        if again is not None:
+            return again
     problem = normalise(
         func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
     )

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..fusion import undisturbed
 from .fixed import stage_times
 from .grids import make_grid
 from .methods import find_method
 from .per_sample import solve_per_sample
+from .repeated import repeat, solve_kind
 from .solution import Gradient, Solution, SolveRequest
+from .whole_solve import fusion_mode
 
 
 def solve(
@@ -85,6 +88,17 @@ def solve(
         >>> y.square().mean().backward(); field.weight.grad.shape
         torch.Size([2, 2])
     """
+    if (
+        rtol is atol is cond is time_table is None
+        and backend == "auto"
+        and not (options or checkpoint_every or torch.compiler.is_compiling())
+        and type(checkpoint_every) is int
+        and type(params) is tuple
+        and not params
+    ):
+        again = _solve_again(field, x0, (t0, t1), steps, method, gradient, save)
+        if again is not None:
+            return again
     tableau = find_method(method).tableau
     explicit = tableau is not None and tableau.explicit
     options = dict(options or {})
@@ -113,6 +127,27 @@ def solve(
     if gradient == "continuous" or not explicit:
         return request.by_odeint()
     return request.by_steps()
+
+
+def _solve_again(
+    field: Callable[..., Tensor],
+    x0: Any,
+    times: tuple[Any, Any],
+    steps: Any,
+    method: Any,
+    gradient: Any,
+    save: Any,
+) -> Solution | None:
+    """The solution if all of this was asked for before, with defaults for the rest."""
+    if not isinstance(x0, Tensor) or not (x0.is_cpu and undisturbed(x0)):
+        return None
+    if fusion_mode() == "off" or not type(method) is type(gradient) is type(save) is str:
+        return None
+    kind = solve_kind(x0, times, steps, method, gradient, save)
+    again = None if kind is None else repeat(field, kind, (x0,))
+    if again is None or (y := again.solve(x0)) is None:
+        return None
+    return Solution(y, make_grid(*times, steps), again.stats)
 
 
 def stage_time_table(

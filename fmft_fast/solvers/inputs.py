@@ -344,28 +344,26 @@ def _split_norm(norm: Norm | None, shapes: Sequence[torch.Size] | None) -> Norm 
     return lambda y: on_parts(unflatten(y, (), shapes))
 
 
-def _find_callbacks(func: Any) -> dict[str, Callable]:
-    names = CALLBACKS
-    if isinstance(func, nn.Module) and type(func).__getattr__ is nn.Module.__getattr__:
+def find_callbacks(func: Any) -> dict[str, Callable]:
+    """The callbacks that a user's field has, by name."""
+    kind = type(func)
+    if isinstance(func, nn.Module) and kind.__getattr__ is nn.Module.__getattr__:
         # `hasattr` takes a microsecond for each that a module lacks.
-        own, kind = func.__dict__, type(func)
-        modules, parameters, buffers = (
-            own.get(scope, ()) for scope in ("_modules", "_parameters", "_buffers")
-        )
-        names = [
-            name
-            for name in names
-            if name in own
-            or name in modules
-            or name in parameters
-            or name in buffers
-            or hasattr(kind, name)
-        ]
-    return {name: getattr(func, name) for name in names if hasattr(func, name)}
+        own = func.__dict__
+        modules, parameters = own.get("_modules", ()), own.get("_parameters", ())
+        buffers = own.get("_buffers", ())
+        for name in CALLBACKS:
+            if name in own or name in modules or name in parameters or name in buffers:
+                break
+            if hasattr(kind, name):
+                break
+        else:
+            return {}
+    return {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
 
 
 def _collect_callbacks(func: Any, method: str, normal: NormalisedField) -> dict[str, Callable]:
-    found = _find_callbacks(func)
+    found = find_callbacks(func)
     if not found:
         return found
     valid = _VALID_CALLBACKS[find_method(method).family]

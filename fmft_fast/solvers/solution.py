@@ -25,6 +25,7 @@ from .graphs import find_graphs
 from .grids import make_grid
 from .inputs import Problem, normalise, real_dtype
 from .methods import find_method
+from .repeated import remember, solve_kind
 from .replay import KnownTensors
 from .stats import SolveStats, record_stats, report
 from .stepwise_adjoint import StepwisePlan, solve_stepwise
@@ -312,6 +313,7 @@ class SolveRequest:
         if route is None:
             return None
         low_memory, t = self.gradient == "discrete", grid
+        kind = self._kind()
         with torch.set_grad_enabled(self.keeps_graph):
             if problem is not None:
                 solved = route.solve_adaptively(problem, low_memory, meet=True)
@@ -332,8 +334,18 @@ class SolveRequest:
                 y = states if self.save == "all" else states[0]
                 count = steps * program.stages
                 stats = SolveStats(self.method, count, steps, 0, program.last_step)
+                if kind is not None:
+                    final = self.save == "final"
+                    remember(self.field, kind, (self.x0,), route, program, low_memory, stats, final)
         report(stats)
         return Solution(y, t, stats)
+
+    def _kind(self) -> tuple | None:
+        """The kind of this call for `solve_again`."""
+        if self.adaptive or self.params or self.backend != "auto":
+            return None
+        times = self.t0, self.t1
+        return solve_kind(self.x0, times, self.steps, self.method, self.gradient, self.save)
 
     def _time_rows(self, tableau: Tableau, grid: Tensor) -> Tensor:
         """[N, s, ...]: what the field gets as t."""

@@ -6,22 +6,22 @@ way. A route computes what the generic steps compute, to rounding, with the same
 
 from __future__ import annotations
 
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fusion import NotFusable, Plan, find_plan, open_condition
+from ..fusion import NotFusable, Plan, find_plan, open_condition, undisturbed
 from ..ops.backend import choose_trajectory
 from ..ops.capture import place
+from ..ops.finite import seems_finite
 from ..ops.network import Inputs, Network
 from ..ops.trajectory import (
     AdaptiveKernels,
@@ -34,9 +34,10 @@ from ..ops.trajectory import (
 from .attached import Solved, attach, wants_gradient
 from .fixed import Grid, make_grid, stage_times
 from .grids import equal_times
-from .inputs import Problem, real_dtype
-from .methods import find_method
+from .inputs import Problem, find_callbacks, real_dtype
+from .methods import METHODS, find_method
 from .recorded_solve import with_recordings
+from .repeated import odeint_kind, remember, repeat
 from .stats import SolveStats, report
 from .tableau import Tableau
 
@@ -46,6 +47,8 @@ MODES = ("auto", "off", "require")
 # the caches, and computing them again would cost a third of the backward pass.
 SMALL_KEEP = 8 << 20
 MAX_PROGRAMS = 128
+
+_FIXED = {name for name, method in METHODS.items() if method.family == "fixed"}
 
 _mode: ContextVar[Mode] = ContextVar("fusion_mode", default="auto")
 
@@ -105,17 +108,21 @@ class Route:
             y0: initial state.
             low_memory: keep stage inputs only, unless the activations are few.
         """
-        inputs = self.bind(y0, program)
-        wants_grad = wants_gradient(inputs)
-        keep = _what_to_keep(program, inputs, low_memory) if wants_grad else "nothing"
+        inputs, keep = self.prepare(program, y0, low_memory)
         kernels = with_recordings(self.kernels, self.plan, y0.device)
         with torch.set_grad_enabled(False):
             out, kept = kernels.forward(program, inputs, keep)
         if not _ends_finite(out):
             return None
-        if wants_grad:
+        if keep != "nothing":
             out = attach(Solved(kernels, program, out, kept, inputs), inputs)
         return self.plan.restore(out, y0.shape[:-1])
+
+    def prepare(self, program: Program, y0: Tensor, low_memory: bool) -> tuple[Inputs, Keep]:
+        """The tensors of `solve`, and what of the activations its backward pass wants."""
+        inputs = self.bind(y0, program)
+        wants_grad = wants_gradient(inputs)
+        return inputs, _what_to_keep(program, inputs, low_memory) if wants_grad else "nothing"
 
     def solve_adaptively(
         self, problem: Problem, low_memory: bool, meet: bool
@@ -249,10 +256,10 @@ def make_program(
 
 
 def _ends_finite(out: Tensor) -> bool:
-    """Whether the final state on a host is finite, and so is its sum: one pass, at least cost."""
+    """Whether the final state on a host is finite, and so is its sum if it is a large one."""
     if out.device.type != "cpu":
         return True
-    return math.isfinite((out if out.shape[0] == 1 else out[-1]).sum().item())
+    return seems_finite(out if out.shape[0] == 1 else out[-1])
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -382,8 +389,26 @@ def _integrate_fixed(problem: Problem, route: Route, tableau: Tableau) -> Tensor
     if states is None:
         return None
     count = program.steps * program.stages
-    report(SolveStats(problem.method, count, program.steps, 0, program.last_step))
-    return states if grid is None else _interpolate(states, wanted, grid, problem.t)
+    stats = SolveStats(problem.method, count, program.steps, 0, program.last_step)
+    report(stats)
+    if grid is not None:
+        return _interpolate(states, wanted, grid, problem.t)
+    kind = odeint_kind(y0, problem.method, problem.t.dtype, nodes)
+    remember(problem.field.base, kind, (y0, problem.t), route, program, False, stats)
+    return states
+
+
+def odeint_again(func: Callable, y0: Any, t: Any, method: Any) -> Tensor | None:
+    """The states at t, [T, *state], if all of this was asked for before, with default options."""
+    if type(method) is not str or method not in _FIXED or not isinstance(y0, Tensor):
+        return None
+    if type(t) is not Tensor or t.ndim != 1 or not (t.is_cpu and y0.is_cpu and undisturbed(y0)):
+        return None
+    if fusion_mode() == "off":
+        return None
+    kind = odeint_kind(y0, method, t.dtype, t.tolist())
+    again = repeat(func, kind, (y0, t))
+    return None if again is None or find_callbacks(func) else again.solve(y0)
 
 
 def _states_between(grid: Grid) -> tuple[int, ...]:

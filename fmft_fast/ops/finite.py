@@ -1,0 +1,19 @@
+"""Whether numbers on the host are finite, in one pass."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fmft_fast.ops.compiled import CPU, TYPE_CODES
+
+LARGE = 1 << 16  # numbers, of which torch's sum takes less time
+
+
+def seems_finite(x: Tensor) -> bool:
+    """Whether all numbers are finite; may be false for numbers so large that their sum is not."""
+    size = x.numel()
+    if CPU is not None and size < LARGE and x.dtype in TYPE_CODES and x.is_contiguous():
+        return CPU.all_finite(x.data_ptr(), size, TYPE_CODES[x.dtype])
+    return math.isfinite(x.sum().item())
