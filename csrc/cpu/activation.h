@@ -90,9 +90,11 @@ struct Exponential {
   Vector<T> minus_one() const { return scale * rest + (scale - T(1)); }
 };
 
+// Zero where the exponential is that small: it may be multiplied by a number that is that large.
 template <class T>
 inline Vector<T> exp_of(Vector<T> x) {
-  return Exponential<T>(x).value();
+  const Vector<T> value = Exponential<T>(x).value();
+  return x < Constants<T>::lowest ? Vector<T>{} : value;  // keeps NaN
 }
 
 template <class T>

@@ -421,6 +421,26 @@ def test_odd_arguments_of_activations(isa, activation, keep) -> None:
         assert grads[-1][~known].isnan().all()
 
 
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+@pytest.mark.parametrize("activation", ["silu", "sigmoid", "gelu", "gelu_tanh", "softplus"])
+def test_large_arguments_of_activations(isa, activation, keep) -> None:
+    """Far from zero an exponential is exactly zero, whatever it is multiplied by."""
+    for dtype in (torch.float32, torch.float64):
+        size = torch.tensor([50.0, 800.0, 1e10, torch.finfo(dtype).max / 4], dtype=dtype)
+        z = torch.cat([-size, size])[:, None]
+        inputs = Inputs(torch.zeros_like(z), [], [], [z])
+        wanted = rebuild(inputs, [False, True])
+        grad = torch.ones(1, *z.shape)
+        out, *grads = solve(cpu.KERNELS, activation_alone(activation), inputs, keep, grad, wanted)
+        leaf = z.clone().requires_grad_()
+        expected = activate(leaf, activation, 1.0)
+        (slope,) = torch.autograd.grad(expected.sum(), leaf)
+        torch.testing.assert_close(out[0], expected.detach(), rtol=1e-6, atol=1e-15)
+        known = slope.isfinite()  # that of gelu_tanh is not where the square of z is infinite
+        assert known.sum() >= 6
+        torch.testing.assert_close(grads[-1][known], slope[known], rtol=1e-6, atol=1e-15)
+
+
 def generic(network, inputs, tableau, control, t):
     """The generic solver on the same field: the solver and the states at t."""
 
