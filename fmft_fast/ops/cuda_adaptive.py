@@ -20,33 +20,33 @@ from fmft_fast.ops.trajectory import Control, Program
 PROGRESS = struct.Struct("dddqqiiixxxx")
 BEGUN, ON_ITS_WAY = len(OUTCOMES), len(OUTCOMES) + 1
 # Bytes for which a launch gets room, and bounds of the number of steps that they hold.
-ROOM, FEWEST, MOST = 1 << 25, 16, 1024
+ROOM, FEWEST, MOST = 1 << 26, 4, 1024
 
 
-class Progress(NamedTuple):
-    """How far a solve has come, or that of one row."""
+class Progress:
+    """How far solves have come, in tensors [R] on the host, one number for each of them.
 
-    s: float
-    h: float
-    ratio: float
-    attempts: int
-    rejected: int
-    accepted: int
-    next: int
-    outcome: int
+    Args:
+        table: [R, 56] bytes of `PROGRESS`.
+    """
+
+    def __init__(self, table: Tensor):
+        reals, longs, shorts = (table.view(x) for x in (torch.float64, torch.int64, torch.int32))
+        self.ratio, self.rejected = reals[:, 2], longs[:, 4]
+        self.accepted, self.outcome = shorts[:, 10], shorts[:, 12]
 
 
 class Steps(NamedTuple):
     """The steps of a solve, all rows alike (R = 1), or of every row (R = batch).
 
     Attributes:
-        progress: [R] at the end.
+        progress: of R solves, at the end.
         nodes: [N + 1, R] float64 on the device: where steps begin, and the end of the last one.
         sizes: [N, R] float64 on the device, signed; 0 where a row has no step.
         inputs: [N stages, batch, state] of the stages, or None.
     """
 
-    progress: list[Progress]
+    progress: Progress
     nodes: Tensor
     sizes: Tensor
     inputs: Tensor | None
@@ -84,18 +84,18 @@ class KeptRows:
     found: Steps
 
     @cached_property
-    def _on_host(self) -> tuple[list[list[float]], list[list[float]]]:
-        return self.found.nodes.T.tolist(), self.found.sizes.T.tolist()
+    def _on_host(self) -> tuple[Tensor, Tensor]:
+        return self.found.nodes.cpu(), self.found.sizes.cpu()
 
     def steps(self, row: int) -> tuple[list[float], list[float]]:
         """The ends [N + 1] of the accepted steps of a row, and their signed sizes [N]."""
-        (nodes, sizes), count = self._on_host, self.found.progress[row].accepted
-        return nodes[row][: count + 1], sizes[row][:count]
+        (nodes, sizes), count = self._on_host, int(self.found.progress.accepted[row])
+        return nodes[: count + 1, row].tolist(), sizes[:count, row].tolist()
 
     def ended(self, row: int) -> tuple[str, float]:
         """How a row ended (see `AdaptiveSolve`), and the error ratio of its last attempt."""
-        progress = self.found.progress[row]
-        return OUTCOMES[progress.outcome], progress.ratio
+        progress = self.found.progress
+        return OUTCOMES[int(progress.outcome[row])], float(progress.ratio[row])
 
     def replay(self) -> tuple[Program, Kept]:
         """The steps as a backward pass takes them."""
@@ -167,12 +167,12 @@ def take_steps(
         kept = y0.new_empty(room * kept_stages, batch, state) if kept_stages else None
         log = [nodes[-1].data_ptr(), sizes[-1].data_ptr()]
         launch(device_control, kept, log, taken, room)
-        data = progress.cpu().numpy().tobytes()
-        found = [Progress(*x) for x in PROGRESS.iter_unpack(data)]
-        last = max(p.accepted for p in found) - taken
+        found = Progress(progress.cpu())
+        last = int(found.accepted.max()) - taken
         if kept is not None:
-            inputs.append(kept[: last * kept_stages])
-        if all(p.outcome != ON_ITS_WAY for p in found):
+            # A copy, so that the room that was too much does not live as long as the solve.
+            inputs.append(kept if last == room else kept[: last * kept_stages].clone())
+        if not (found.outcome == ON_ITS_WAY).any():
             break
         taken += room
     whole = [*(x[:room] for x in nodes[:-1]), nodes[-1][: last + 1]]

@@ -244,14 +244,15 @@ class _Trajectory:
         out, split, found = self._take_steps(
             network, tableau, control, inputs, t, stages if keep != "nothing" else 0, by_row=False
         )
-        (end,), steps = found.progress, found.nodes[:, 0].tolist()
-        done = OUTCOMES[end.outcome] == "done"
+        end, steps = found.progress, found.nodes[:, 0].tolist()
+        outcome, rejected = OUTCOMES[int(end.outcome)], int(end.rejected)
+        done = outcome == "done"
         program = accepted_program(
             network, tableau, steps, found.sizes[:, 0].tolist(), t if done else t[:1], control.meet
         )
         kept = None if found.inputs is None or not done else Kept(found.inputs, split)
-        evaluations = _evaluations(control, tableau, end.accepted + end.rejected)
-        return AdaptiveSolve(OUTCOMES[end.outcome], out, program, kept, end.rejected, evaluations)
+        evaluations = _evaluations(control, tableau, program.steps + rejected)
+        return AdaptiveSolve(outcome, out, program, kept, rejected, evaluations)
 
     def adaptive_per_sample(
         self,
@@ -270,11 +271,10 @@ class _Trajectory:
             network, tableau, control, inputs, [t0, t1], stages, by_row=True
         )
         ends = found.progress
-        counts = torch.tensor([[p.accepted, p.rejected] for p in ends], dtype=torch.int64)
-        accepted, rejected = counts.unbind(1)
-        failed = [i for i, p in enumerate(ends) if OUTCOMES[p.outcome] != "done"]
+        accepted, rejected = ends.accepted.long(), ends.rejected.clone()
+        failed = (ends.outcome != OUTCOMES.index("done")).nonzero()
         return PerSampleSolve(
-            failed[0] if failed else None,
+            int(failed[0]) if len(failed) else None,
             out[0],
             accepted,
             rejected,

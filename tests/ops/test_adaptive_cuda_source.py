@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from test_trajectory_cuda_source import all_of, cast, on_host, relative
 from fmft_fast import odeint, solve
 from fmft_fast.fields import MLP
 from fmft_fast.ops import cuda_adaptive
+from fmft_fast.ops.cuda_adaptive import Progress
 from fmft_fast.ops.network import Inputs
 from fmft_fast.ops.trajectory import Control, Program, Reference, flatten, rebuild
 from fmft_fast.ops.trajectory_cpu import KERNELS as CPU
@@ -257,6 +259,23 @@ def test_gradients_of_weights_after_the_kernel(kernels, monkeypatch, parts):
     found = per_sample(kernels, network, single(inputs))
     torch.full((1 << 20,), torch.nan)  # what memory that is not written may hold
     check_rows(kernels, network, inputs, found, "bosh3")
+
+
+def test_a_solve_holds_no_more_than_its_steps(kernels):
+    network, inputs = case("several blocks")
+    shared = run(kernels, network, single(inputs), TIMES["back"]).kept.inputs
+    own = per_sample(kernels, network, single(inputs)).kept.found.inputs
+    for kept in (shared, own):
+        assert kept.untyped_storage().nbytes() == 4 * kept.numel() > 0
+
+
+def test_what_a_device_says_of_many_rows():
+    fields = [(0.5, 0.1, 0.25, 7, 2, 5, 1, 0), (0.7, 0.2, math.inf, 9, 1 << 40, 3, 1, 2)]
+    table = b"".join(cuda_adaptive.PROGRESS.pack(*x) for x in fields)
+    found = Progress(torch.frombuffer(bytearray(table), dtype=torch.uint8).view(2, -1))
+    assert found.ratio.tolist() == [0.25, math.inf]
+    assert (found.rejected.tolist(), found.accepted.tolist()) == ([2, 1 << 40], [5, 3])
+    assert found.outcome.tolist() == [0, 2]
 
 
 def test_products_are_more_exact_than_the_tolerance(kernels):
