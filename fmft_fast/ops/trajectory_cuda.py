@@ -76,12 +76,12 @@ def _fitting(
 
 
 @functools.lru_cache(maxsize=256)
-def _unfit(network: Same, split: int, stages: int, limit: int) -> str | None:
+def _unfit(network: Same, split: int, stages: int, limit: int, by_row: bool = False) -> str | None:
     """Say why no plan fits the device."""
-    for work in ("forward", "backward"):
+    for work in ("by_row", "by_row_backward") if by_row else ("forward", "backward"):
         if _fitting(network, split, stages, True, work, limit) is None:
-            backward = work == "backward"
-            need = plan(network.it, split, 1, stages, backward, backward).bytes
+            backward = work.endswith("backward")
+            need = plan(network.it, split, 1, stages, backward, backward, by_row).bytes
             return (
                 f"its weights and values take {need} bytes of shared memory and the device has "
                 f"{limit} for a block"
@@ -100,11 +100,11 @@ def _chosen(network: Network, stages: int, y0: Tensor, split: int, work: str, de
     """Return the plan and the number of blocks; raise for what `refuses` keeps from here."""
     same, batch = Same(network), y0.shape[0]
     limit, processors = _limits(device)
-    found = None
     reason = unsupported(same, stages, batch == 0, y0.dtype)
+    reason = reason or _unfit(same, split, stages, limit, work.startswith("by_row"))
+    found = None
     if reason is None:
         found = _fitting(same, split, stages, batch <= 16 * processors, work, limit)
-        reason = _unfit(same, split, stages, limit) or "its shared memory does not suffice"
     if found is None:
         raise InputError(
             "expected a solve that the CUDA trajectory kernels take, got one that they refuse: "
@@ -303,8 +303,9 @@ class _Trajectory:
         assert y0 is not None
         queue, work = _queue(y0), "by_row" if by_row else "adaptive"
         limit, _ = _limits(queue[0])
-        fits = (s for s in range(_split_for(control.rtol), _split(), -1))
-        split = next((s for s in fits if not _unfit(Same(whole), s, stages, limit)), _split())
+        splits, same = range(_split_for(control.rtol), _split(), -1), Same(whole)
+        fits = (s for s in splits if not _unfit(same, s, stages, limit, by_row))
+        split = next(fits, _split())
         found, blocks = _chosen(whole, stages, y0, split, work, queue[0])
         out = y0.new_empty(1 if by_row else len(t), *y0.shape)
         out[0].copy_(y0)

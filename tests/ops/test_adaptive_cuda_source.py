@@ -11,6 +11,7 @@ from networks import chain, make_inputs, viscosity
 from test_trajectory_cuda_source import all_of, cast, on_host, relative
 
 from fmft_fast import odeint, solve
+from fmft_fast.errors import InputError
 from fmft_fast.fields import MLP
 from fmft_fast.ops import cuda_adaptive
 from fmft_fast.ops.cuda_adaptive import Progress
@@ -276,6 +277,27 @@ def test_what_a_device_says_of_many_rows():
     assert found.ratio.tolist() == [0.25, math.inf]
     assert (found.rejected.tolist(), found.accepted.tolist()) == ([2, 1 << 40], [5, 3])
     assert found.outcome.tolist() == [0, 2]
+
+
+def test_steps_of_the_rows_own_need_some_more_room(kernels, monkeypatch):
+    network, inputs = case("condition")
+    module, stages = on_host(), METHODS["bosh3"].tableau.stages
+    sizes = [module.plan(network, 2, 1, stages, True, True, own).bytes for own in (False, True)]
+    assert sizes[0] < sizes[1]
+    monkeypatch.setattr(module, "_limits", lambda device: (sizes[1] - 1, 2))
+    before = torch.get_float32_matmul_precision()
+    try:
+        # Where two terms of a number suffice for the tolerance, but do not fit, one is taken.
+        torch.set_float32_matmul_precision("medium")
+        assert run(kernels, network, single(inputs), [0.0, 1.0], "bosh3").kept.split == 2
+        own = per_sample(kernels, network, single(inputs))
+        assert own.kept.split == 1
+        kernels.backward_per_sample(own.kept, own.y, all_of(inputs))
+        torch.set_float32_matmul_precision("high")
+        with pytest.raises(InputError, match=f"take {sizes[1]} bytes"):
+            per_sample(kernels, network, single(inputs))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_products_are_more_exact_than_the_tolerance(kernels):
