@@ -1,6 +1,6 @@
 """Find out whether a velocity field is a network that whole-trajectory kernels can evaluate."""
 
-from .find import find_plan, noted, notes_with, undisturbed
+from .find import find_plan, noted, place_of_notes, undisturbed
 from .opened import open_condition
 from .plan import Plan
 from .refusal import NotFusable
@@ -10,7 +10,7 @@ __all__ = [
     "Plan",
     "find_plan",
     "noted",
-    "notes_with",
     "open_condition",
+    "place_of_notes",
     "undisturbed",
 ]

@@ -87,24 +87,22 @@ def undisturbed(y0: Tensor) -> bool:
     return not torch._C._len_torch_function_stack() and _surroundings(y0, None) is None
 
 
-def noted(field: Callable, key: Any) -> dict[Any, Any] | None:
-    """The notes with a plan of this very field that still holds, if the key is among them.
+def noted(field: Callable) -> list[_Entry]:
+    """The kept plans of this very field with notes.
 
-    The caller compares the tensors that the field reads, see `notes_with`, and asks `undisturbed`.
+    Before one is used `undisturbed` has to be asked, `Guards.scopes_hold`, and whether the tensors
+    that the guards name are alike.
     """
     name, parts, rest = _identity(field)
-    for entry in _cache.get(name, ()):
-        if key in entry.notes and entry.is_of(parts, rest) and entry.guards.scopes_hold():
-            return entry.notes
-    return None
+    return [e for e in _cache.get(name, ()) if e.notes and e.is_of(parts, rest)]
 
 
-def notes_with(field: Callable, plan: Plan) -> tuple[dict[Any, Any], list[Tensor]] | None:
-    """The notes kept as long as a plan of this very field, and the tensors that the field reads."""
+def place_of_notes(field: Callable, plan: Plan) -> _Entry | None:
+    """The place for notes that last as long as a plan of this very field."""
     name, parts, rest = _identity(field)
     for entry in _cache.get(name, ()):
         if entry.result is plan and entry.is_of(parts, rest):
-            return entry.notes, entry.guards.tensors_read
+            return entry
     return None
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fusion import undisturbed
+from ..fusion import noted, undisturbed
 from .fixed import stage_times
 from .grids import make_grid
 from .methods import find_method
 from .per_sample import solve_per_sample
-from .repeated import repeat, solve_kind
+from .repeated import PLAIN_TENSORS, repeat, solve_kind
 from .solution import Gradient, Solution, SolveRequest
 from .whole_solve import fusion_mode
 
@@ -139,12 +139,15 @@ def _solve_again(
     save: Any,
 ) -> Solution | None:
     """The solution if all of this was asked for before, with defaults for the rest."""
-    if not isinstance(x0, Tensor) or not (x0.is_cpu and undisturbed(x0)):
+    if not type(method) is type(gradient) is type(save) is str:
         return None
-    if fusion_mode() == "off" or not type(method) is type(gradient) is type(save) is str:
+    if type(x0) not in PLAIN_TENSORS or not x0.is_cpu:
+        return None
+    plans = noted(field)
+    if not plans or fusion_mode() == "off" or not undisturbed(x0):
         return None
     kind = solve_kind(x0, times, steps, method, gradient, save)
-    again = None if kind is None else repeat(field, kind, (x0,))
+    again = None if kind is None else repeat(plans, kind, (x0,))
     if again is None or (y := again.solve(x0)) is None:
         return None
     return Solution(y, make_grid(*times, steps), again.stats)

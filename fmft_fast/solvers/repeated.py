@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..fusion import noted, notes_with
+from ..fusion import place_of_notes
 from ..ops.network import Inputs
 from ..ops.trajectory import Program
 from .attached import Solved, SolvedInOneCall, structure
@@ -24,8 +24,8 @@ from .stats import SolveStats, report
 if TYPE_CHECKING:
     from .whole_solve import Route
 
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 KINDS = 32  # noted with a plan; of each the shapes of a batch, and a number of steps
-SEEN, UNFIT = "seen once", "cannot be repeated"
 
 # Without the care for functorch's transforms and what they leave behind: there is none of either.
 _attach = super(torch.autograd.Function, SolvedInOneCall).apply  # type: ignore[misc]
@@ -50,21 +50,20 @@ def _mode(y0: Tensor) -> tuple:
     return (y0.shape, y0.requires_grad, *modes)
 
 
-def repeat(field: Callable, kind: tuple, given: tuple[Tensor, ...]) -> Repeat | None:
+def repeat(plans: Sequence[Any], kind: tuple, given: tuple[Tensor, ...]) -> Repeat | None:
     """The noted solve of a kind, if the arguments fit.
 
     Args:
-        field: the user's callable.
+        plans: what `noted` found for the user's callable.
         kind: see `odeint_kind` and `solve_kind`.
         given: the tensors among the arguments, y0 first; `undisturbed` is true of it.
     """
-    notes = noted(field, kind)
-    found = None if notes is None else notes.get(kind)
-    if notes is None or type(found) is not Repeat:
-        return None
-    if found.fits(given):
-        return found
-    notes[kind] = SEEN
+    for plan in plans:
+        found = plan.notes.get(kind)
+        if found and plan.guards.scopes_hold():
+            if found.fits(given):
+                return found
+            plan.notes[kind] = None
     return None
 
 
@@ -81,25 +80,29 @@ def remember(
     """Note a solve that went the whole way, if it is the second one of its kind.
 
     Args:
-        field, kind, given: see `repeat`.
+        field: the user's callable.
+        kind, given: see `repeat`.
         route, program, low_memory: how it went, see `Route.solve`.
         stats: what it reported.
         final: whether the only output is wanted without its number.
     """
-    if route.kernels.name != "cpu" or not given[0].is_contiguous():
+    plan, y0 = route.plan, given[0]
+    if not plan.constant or route.cond is not None or route.kernels.name != "cpu":
         return
-    found = notes_with(field, route.plan)
-    if found is None:
+    if y0.ndim != 2 or not y0.is_contiguous():
         return
-    notes, read = found
-    state = notes.get(kind)
-    if state is SEEN:
-        made = _make(given, read, route, program, low_memory, stats, final)
-        notes[kind] = made or UNFIT
-    elif state is None:
-        notes[kind] = SEEN
+    entry = place_of_notes(field, plan)
+    if entry is None:
+        return
+    notes = entry.notes
+    if kind not in notes:
+        notes[kind] = None  # seen once
         if len(notes) > KINDS:
             notes.pop(next(iter(notes)))
+    elif notes[kind] is None:
+        read = entry.guards.tensors_read
+        made = _make(given, read, route, program, low_memory, stats, final)
+        notes[kind] = made or False  # cannot be repeated
 
 
 def _make(
@@ -112,8 +115,6 @@ def _make(
     final: bool,
 ) -> Repeat | None:
     y0 = given[0]
-    if not route.plan.constant or route.cond is not None or y0.ndim != 2:
-        return None
     inputs, keep = route.prepare(program, y0, low_memory)
     parameters = inputs.parameters
     if any(x is not own for x, own in zip(parameters, route.plan.tensors, strict=True)):

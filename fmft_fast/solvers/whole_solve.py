@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fusion import NotFusable, Plan, find_plan, open_condition, undisturbed
+from ..fusion import NotFusable, Plan, find_plan, noted, open_condition, undisturbed
 from ..ops.backend import choose_trajectory
 from ..ops.capture import place
 from ..ops.finite import seems_finite
@@ -37,7 +37,7 @@ from .grids import equal_times
 from .inputs import Problem, find_callbacks, real_dtype
 from .methods import METHODS, find_method
 from .recorded_solve import with_recordings
-from .repeated import odeint_kind, remember, repeat
+from .repeated import PLAIN_TENSORS, odeint_kind, remember, repeat
 from .stats import SolveStats, report
 from .tableau import Tableau
 
@@ -400,14 +400,14 @@ def _integrate_fixed(problem: Problem, route: Route, tableau: Tableau) -> Tensor
 
 def odeint_again(func: Callable, y0: Any, t: Any, method: Any) -> Tensor | None:
     """The states at t, [T, *state], if all of this was asked for before, with default options."""
-    if type(method) is not str or method not in _FIXED or not isinstance(y0, Tensor):
+    if type(method) is not str or method not in _FIXED or type(y0) not in PLAIN_TENSORS:
         return None
-    if type(t) is not Tensor or t.ndim != 1 or not (t.is_cpu and y0.is_cpu and undisturbed(y0)):
+    if type(t) is not Tensor or t.ndim != 1 or not (t.is_cpu and y0.is_cpu):
         return None
-    if fusion_mode() == "off":
+    plans = noted(func)
+    if not plans or fusion_mode() == "off" or not undisturbed(y0):
         return None
-    kind = odeint_kind(y0, method, t.dtype, t.tolist())
-    again = repeat(func, kind, (y0, t))
+    again = repeat(plans, odeint_kind(y0, method, t.dtype, t.tolist()), (y0, t))
     return None if again is None or find_callbacks(func) else again.solve(y0)
 
 

@@ -108,6 +108,23 @@ def test_other_states_are_told_apart(make, call, short):
         call(field, y)
 
 
+def test_a_state_of_a_class_of_its_own_is_asked_for_nothing_more(call, short):
+    class Watched(torch.Tensor):
+        asked = []
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.asked.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    field, y = Field(), torch.randn(4, D)
+
+    warm(call, field, y, short)
+    call(field, y.as_subclass(Watched))
+    assert Watched.asked and torch.Tensor.is_cpu.__get__ not in Watched.asked
+    assert not short
+
+
 def test_a_state_of_inference_mode_is_another(call, short):
     field, y = Field().requires_grad_(False), torch.randn(4, D)
     warm(call, field, y, short)
