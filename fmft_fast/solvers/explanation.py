@@ -89,8 +89,10 @@ def explain(
     times = torch.tensor([0.0, 1.0]) if t is None else t
     device = x0.device if isinstance(x0, Tensor) else times.device
     bound = field if cond is None else lambda t, x: field(t, x, cond)
+    # Steps of the samples' own take the same path.
+    others = {name: x for name, x in (options or {}).items() if name != "per_sample"}
     problem = normalise(
-        bound, x0, times.to(device), rtol=1e-5, atol=1e-5, method=method, options=options
+        bound, x0, times.to(device), rtol=1e-5, atol=1e-5, method=method, options=others
     )
     steps = choose_kernels(problem.y0, backend).name
     reason = obstacle(problem)

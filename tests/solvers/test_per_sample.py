@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from fmft_fast import fused, record_stats, solve
+from fmft_fast import explain, fused, record_stats, solve
 from fmft_fast.errors import InputError, MaxStepsError, NonFiniteError, StepUnderflowError
 from fmft_fast.fields import MLP
 
@@ -130,6 +132,13 @@ def test_fields_that_cannot_be_fused_are_refused():
         solve(field, x0, method="dopri5", options=OWN, **TOLERANCES)
     with pytest.raises(InputError, match="bfloat16"):
         solve(field.bfloat16(), x0.bfloat16(), method="dopri5", options=OWN, **TOLERANCES)
+
+
+def test_explain_takes_the_option():
+    field, x0 = field_and_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert explain(field, x0, method="dopri5", options=OWN).fused
 
 
 def test_the_row_that_fails_is_named():
