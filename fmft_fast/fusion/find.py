@@ -124,9 +124,21 @@ def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:
         return NotFusable("the state or the condition is a lazily negated view", remedy="clone it")
     if torch.is_autocast_enabled(y0.device.type):
         return NotFusable("autocast is enabled", remedy="leave autocast around the solve")
-    if torch_module._has_any_global_hook():
+    if hooks_on_all_modules():
         return NotFusable("hooks on all modules are registered (torch.nn.modules.module)")
     return None
+
+
+def hooks_on_all_modules() -> bool:
+    """Whether there are hooks that every module runs when it is called."""
+    return bool(
+        torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_hooks_always_called
+        or torch_module._global_forward_hooks_with_kwargs
+        or torch_module._global_backward_pre_hooks
+        or torch_module._global_backward_hooks
+    )
 
 
 def _harmless_modes() -> bool:

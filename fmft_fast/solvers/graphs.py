@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..fusion import hooks_on_all_modules
 from ..ops.contract import is_traced
 from .recorder import CaptureError, Recorded, find_recorder
 from .recordings import Recordings, autocast, layout, settings, version
@@ -43,7 +44,7 @@ def clear() -> None:
 
 def describe(field: nn.Module) -> tuple | None:
     """All that a recorded evaluation of a field holds fixed; None if it must not be recorded."""
-    if nn.modules.module._has_any_global_hook():
+    if hooks_on_all_modules():
         return None
     marks: list[Any] = []
     for module in field.modules():
