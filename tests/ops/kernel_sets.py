@@ -82,7 +82,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def cuda_on_host() -> ModuleType:
+def cuda_on_host(*more_flags: str) -> ModuleType:
     """Return the CUDA kernels and launchers, compiled by g++ against host_cuda/cuda_runtime.h."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -93,7 +93,7 @@ def cuda_on_host() -> ModuleType:
     sources = [ROOT / "csrc/bindings/cuda.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     flags = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-DFMFT_CUDA_ARCHS=0"]
     flags += [f"-I{ROOT / 'tests/ops/host_cuda'}", f"-I{pybind11.get_include()}"]
-    flags.append(f"-I{sysconfig.get_path('include')}")
+    flags += [f"-I{sysconfig.get_path('include')}", *more_flags]
     objects = [str(folder / f"{source.stem}.o") for source in sources]
 
     def compile_one(source: Path, to: str) -> None:
@@ -102,18 +102,18 @@ def cuda_on_host() -> ModuleType:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))
-    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
+    subprocess.run([compiler, "-shared", *more_flags, *objects, "-o", str(library)], check=True)
     binding = load("_cuda", library)
     shutil.rmtree(folder)
     return binding
 
 
-def with_binding(name: str) -> ModuleType:
+def with_binding(name: str, *more_flags: str) -> ModuleType:
     """Return a copy of the module fmft_fast.ops.`name` that runs `cuda_on_host` on CPU tensors."""
     import fmft_fast
 
     real = fmft_fast.__dict__.get("_cuda")
-    fmft_fast._cuda = cuda_on_host()
+    fmft_fast._cuda = cuda_on_host(*more_flags)
     try:
         module = load(f"{name}_on_host", ROOT / f"fmft_fast/ops/{name}.py")
     finally:

@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "watch.h"
+
 #define FMFT_KERNEL inline void
 #define FMFT_DEVICE inline
 #define FMFT_SHARED static  // blocks take turns, so that one copy serves them all (not those launched together)
@@ -47,10 +49,14 @@ constexpr size_t kStack = size_t{1} << 17;
 struct Meeting {
   int count = 0, arrived = 0;
   unsigned long round = 0;
+  // What came before a round, and that before the next one; lanes of a warp tell each other nothing.
+  bool orders = true;
+  int64_t places[2] = {};
 };
 
 struct Fiber {
   ucontext_t context;
+  void* watched = nullptr;
   std::unique_ptr<char[]> stack{new char[kStack]};
   const Meeting* meeting = nullptr;
   unsigned long round = 0;
@@ -74,38 +80,52 @@ struct Block {
 };
 
 inline ucontext_t scheduler;
+inline void* watched_scheduler = nullptr;
+inline int64_t begin, end;  // of a launch, to whom watches
 inline Block* block = nullptr;  // that runs
 inline unsigned current = 0;    // thread of it
 inline Meeting grid;
 inline std::function<void()> body;
 
-inline Fiber& fiber() { return block->fibers[current]; }
-inline Warp& warp() { return block->warps[current / 32]; }
-inline int lane() { return static_cast<int>(current % 32); }
+FMFT_HOST_UNWATCHED inline Fiber& fiber() { return block->fibers[current]; }
+FMFT_HOST_UNWATCHED inline Warp& warp() { return block->warps[current / 32]; }
+FMFT_HOST_UNWATCHED inline int lane() { return static_cast<int>(current % 32); }
 
-inline void meet(Meeting& meeting) {
-  if (++meeting.arrived == meeting.count) {
-    meeting.arrived = 0;
-    ++meeting.round;
-    return;
-  }
-  fiber().meeting = &meeting;
-  fiber().round = meeting.round;
+FMFT_HOST_UNWATCHED inline void leave() {
+  watch::run(watched_scheduler);
   swapcontext(&fiber().context, &scheduler);
 }
 
-inline void run_fiber() {
+FMFT_HOST_UNWATCHED inline void meet(Meeting& meeting) {
+  int64_t* const place = &meeting.places[meeting.round % 2];
+  const bool orders = meeting.orders && !watch::deaf();
+  if (orders) watch::tell(place);
+  if (++meeting.arrived == meeting.count) {
+    meeting.arrived = 0;
+    ++meeting.round;
+  } else {
+    fiber().meeting = &meeting;
+    fiber().round = meeting.round;
+    leave();
+  }
+  if (orders) watch::hear(place);
+}
+
+FMFT_HOST_UNWATCHED inline void run_fiber() {
+  watch::hear(&begin);
   body();
+  watch::tell(&end);
   fiber().done = true;
-  swapcontext(&fiber().context, &scheduler);
+  leave();
 }
 
 inline Block make_block(dim3 index, unsigned threads, size_t bytes) {
   Block made{index, {static_cast<int>(threads)}, {}, {}, {}};
   made.fibers.resize(threads);
-  made.warps.assign((threads + 31) / 32, Warp{{32}});
+  made.warps.assign((threads + 31) / 32, Warp{{32, 0, 0, false}, {}, {}});
   made.shared.assign(bytes / sizeof(float4) + 1, {NAN, NAN, NAN, NAN});
   for (Fiber& fiber : made.fibers) {
+    fiber.watched = watch::make();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -116,7 +136,7 @@ inline Block make_block(dim3 index, unsigned threads, size_t bytes) {
 }
 
 // Runs the threads first ... first + 31 of a block until each waits for others; returns whether one ran.
-inline bool run_warp(Block& of, unsigned first) {
+FMFT_HOST_UNWATCHED inline bool run_warp(Block& of, unsigned first) {
   const unsigned threads = static_cast<unsigned>(of.fibers.size());
   bool any = false;
   for (bool ran = true; ran;) {
@@ -129,6 +149,7 @@ inline bool run_warp(Block& of, unsigned first) {
       blockIdx = of.index;
       current = t;
       threadIdx = dim3(t);
+      watch::run(fiber.watched);
       swapcontext(&scheduler, &fiber.context);
       any = ran = true;
     }
@@ -144,13 +165,18 @@ inline void run_blocks(std::vector<Block>& blocks) {
   for (Block& of : blocks)
     for (unsigned i = 0; i < of.warps.size(); ++i) warps.emplace_back(&of, 32 * i);
   if (reverse) std::reverse(warps.begin(), warps.end());
+  watched_scheduler = watch::current();
+  watch::tell(&begin);
   for (bool any = true; any;) {
     any = false;
     for (auto [of, first] : warps) any |= run_warp(*of, first);
   }
+  watch::hear(&end);
   for (const Block& of : blocks)
-    for (const Fiber& fiber : of.fibers)
+    for (const Fiber& fiber : of.fibers) {
       if (!fiber.done) std::abort();  // it waits for threads that have left
+      watch::end(fiber.watched);
+    }
 }
 
 inline float from_bits(uint32_t bits) {
@@ -246,7 +272,7 @@ inline float low_bf16(uint32_t pair) { return host::from_bits(pair << 16); }
 inline float high_bf16(uint32_t pair) { return host::from_bits(pair & 0xffff0000u); }
 
 // The layout of the operands is that of the PTX manual, mma.m16n8k16.
-inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+FMFT_HOST_UNWATCHED inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host::Warp& warp = host::warp();
   const int lane = host::lane();
   std::memcpy(warp.sent[lane], a, sizeof a);
@@ -269,7 +295,7 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 }
 
 template <bool Transposed>
-void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
+FMFT_HOST_UNWATCHED void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
   host::Warp& warp = host::warp();
   const int lane = host::lane(), i = lane / 4, j = 2 * (lane % 4);
   if (reinterpret_cast<uintptr_t>(row) % 16) std::abort();
@@ -277,15 +303,17 @@ void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
   host::meet(warp.meeting);
   for (int matrix = 0; matrix < 4; ++matrix) {
     const uint16_t* const* rows = warp.rows + 8 * matrix;
-    const uint32_t low = Transposed ? rows[j][i] : rows[i][j];
-    const uint32_t high = Transposed ? rows[j + 1][i] : rows[i][j + 1];
-    r[matrix] = low | high << 16;
+    const uint16_t* const low = Transposed ? &rows[j][i] : &rows[i][j];
+    const uint16_t* const high = Transposed ? &rows[j + 1][i] : &rows[i][j + 1];
+    host::watch::read(low);
+    host::watch::read(high);
+    r[matrix] = *low | static_cast<uint32_t>(*high) << 16;
   }
   host::meet(warp.meeting);
 }
 
 template <class Number>
-Number shuffle_xor(Number value, int mask) {
+FMFT_HOST_UNWATCHED Number shuffle_xor(Number value, int mask) {
   host::Warp& warp = host::warp();
   std::memcpy(warp.sent[host::lane()], &value, sizeof value);
   host::meet(warp.meeting);
@@ -295,7 +323,7 @@ Number shuffle_xor(Number value, int mask) {
   return found;
 }
 
-inline bool any_thread(bool yes) {
+FMFT_HOST_UNWATCHED inline bool any_thread(bool yes) {
   host::Block& block = *host::block;
   host::fiber().vote = yes;
   __syncthreads();
