@@ -100,16 +100,12 @@ void trajectory_forward(const Field& field, const Solve& solve, int blocks, cons
 void trajectory_adaptive(const Field& field, const Solve& solve, const Control& control, bool by_row,
                          int blocks, const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  const auto start = [&](auto how, Pass pass) {
-    how(field.bytes, adaptive_kernel_of(field, pass), blocks, 32 * field.warps, stream_of(queue),
-        field, solve, control);
-  };
-  const auto apart = [](const auto&... args) { launch_with(args...); };
-  const auto together = [](const auto&... args) { launch_together(args...); };
+  const AdaptiveKernel kernel = adaptive_kernel_of(field, by_row ? Pass::by_row : Pass::adaptive);
+  const int threads = 32 * field.warps;
   if (by_row)
-    start(apart, Pass::by_row);
+    launch_with(field.bytes, kernel, blocks, threads, stream_of(queue), field, solve, control);
   else
-    start(together, Pass::adaptive);
+    launch_together(field.bytes, kernel, blocks, threads, stream_of(queue), field, solve, control);
   check(cudaGetLastError(), "launching an adaptive solve");
 }
 

@@ -164,7 +164,8 @@ void trajectory_forward(const Field& field, const Solve& solve, int blocks, cons
 // The first call, or one that goes on after there was no room. The samples share their steps, or not.
 void trajectory_adaptive(const Field& field, const Solve& solve, const Control& control, bool by_row,
                          int blocks, const Queue& queue);
-// Steps of the samples' own if there is `row_h`. Also adds up the rows of `partials` into `gradients` [gradient_size].
+// Steps of the samples' own if there is `row_h`. Also adds up the rows of `partials` into `gradients`
+// [gradient_size].
 void trajectory_backward(const Field& field, const Solve& solve, int blocks, float* gradients,
                          const Queue& queue);
 
