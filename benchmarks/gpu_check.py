@@ -11,6 +11,7 @@ by `--times-anyway`. `--device cpu` tries out the timing of the suite where ther
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import io
@@ -41,6 +42,8 @@ RESULTS = results.FOLDER / "gpu_check.json"
 BUDGET = 460.0  # seconds in all
 TEST_LIMIT, SANITIZER_LIMIT, PEER_LIMIT = 180.0, 60.0, 60.0
 LATENCY_LIMIT = 45.0
+HANGING = 90.0  # seconds after which a test must be waiting for a kernel that does not end
+LAST_WORDS = 10.0  # seconds to stop by oneself
 SANITIZED = ROOT / "tests/ops/test_trajectory_gpu.py"
 TIMED = ("p1", "small", "wide", "policy", "dopri5")
 WIDE = ("wide", "policy")
@@ -233,9 +236,13 @@ def run_limited(
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and the compilers that it has started
-            process.wait()
             status = 124
+            os.killpg(process.pid, signal.SIGINT)  # pytest says what it has found by now
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and the compilers that it has started
+            process.wait()
         log.seek(0)
         output = log.read()
     return {"status": status, "output": output, "seconds": time.perf_counter() - start}
@@ -268,10 +275,13 @@ def run_tests(clock: Clock) -> dict[str, Any]:
     """Run the tests marked gpu, side by side if pytest-xdist is there; keep the closing line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not sanitizer"]
     command += ["-p", "no:cacheprovider", "--tb=short"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    # Without it torch warns that cuBLAS is not deterministic.
-    found = run_limited(command, clock.limit(TEST_LIMIT), {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+    if importlib.util.find_spec("xdist"):  # Triton's compilers take most of the time
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += [f"--timeout={HANGING:.0f}", "--timeout-method=thread"]
+    # Without the first torch warns that cuBLAS is not deterministic.
+    env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
+    found = run_limited(command, clock.limit(TEST_LIMIT), env)
     return closing_line(found)
 
 
