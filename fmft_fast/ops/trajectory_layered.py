@@ -87,15 +87,15 @@ class Tape:
     """The values of a network in so many stages.
 
     Attributes:
-        values: [stages, batch, width] of every value.
+        values: [stages, batch, width] of every value; of the state what is given.
         seen: the same of every layer, what its derivative needs; often the value itself.
     """
 
-    def __init__(self, network: Network, stages: int, y0: Tensor, state: Tensor | None = None):
+    def __init__(self, network: Network, stages: int, state: Tensor):
         def empty(width: int) -> Tensor:
-            return y0.new_empty(stages, len(y0), width)
+            return state.new_empty(stages, state.shape[-2], width)
 
-        self.values = [empty(network.state) if state is None else state]
+        self.values = [state]
         self.seen = []
         for layer in network.layers:
             value = empty(layer.width)
@@ -196,11 +196,10 @@ class Field:
             stages.copy_(shift[first : first + count, None])
         return terms
 
-    def back(self, k_bar: Tensor, seen: list[Tensor], deltas: list[Tensor], y_bar: Tensor) -> None:
-        """Fill the deltas (dL/dz of every layer) and y_bar of one stage from dL/dk."""
+    def back(self, seen: list[Tensor], deltas: list[Tensor], y_bar: Tensor) -> None:
+        """Fill y_bar and the deltas (dL/dz of every layer) of a stage; the last one is dL/dk."""
         targets = [y_bar, *deltas]
         touched = {len(deltas)}
-        targets[-1].copy_(k_bar)
 
         def give(value: int, delta: Tensor, matrix: Tensor | None) -> None:
             target, first = targets[value], value not in touched
@@ -280,36 +279,38 @@ class Layered:
         if keep == "nothing":
             return held
         chunk = min(program.steps, steps_per_chunk(program, y0, whole)) * program.stages
-        return held + stages * y0.nbytes + stage * chunk * (1 if whole else 3)
+        return held + (stages + 1) * y0.nbytes + stage * chunk * (1 if whole else 3)
 
     @torch.no_grad()
     def forward(self, program: Program, inputs: Inputs, keep: Keep) -> tuple[Tensor, Any]:
         """See `TrajectoryKernels`."""
         field, y = Field(program, inputs), inputs.y0
         assert y is not None
-        combine, stages = choose_kernels(y).rk_combine, program.steps * program.stages
+        stages = program.steps * program.stages
         whole = keep == "activations"
         stays = whole or program.stages == 1  # a slope, until its step is done
-        tape = Tape(program.network, stages if whole else 1, y)
-        starts = y.new_empty(stages, *y.shape) if keep == "inputs" else None
+        # The inputs of all stages, and the final state.
+        starts = None if keep == "nothing" else y.new_empty(stages + 1, *y.shape)
+        tape = Tape(program.network, stages if whole else 1, y[None] if starts is None else starts)
         out = y.new_empty(len(program.outputs), *y.shape)
         rows = None if program.weights is None else program.weights.tolist()
+        if starts is not None:
+            y = starts[0].copy_(y)
         for n, h in enumerate(program.h.tolist()):
             if rows is None:
                 store(out, program.outputs, n, y)
             k: list[Tensor] = []
             for i, row in enumerate(program.a):
                 q = n * program.stages + i
-                values, seen = tape.rows(q if whole else 0, 1)
-                values[0].copy_(combine(y, k, h, row) if k else y)
-                if starts is not None:
-                    starts[q].copy_(values[0])
-                field.run(values, seen, q, 1)
+                x = combine(y, k, h, row, None if starts is None else starts[q]) if k else y
+                (_, *values), seen = tape.rows(q if whole else 0, 1)
+                field.run([x, *values], seen, q, 1)
                 k.append(values[-1] if stays else values[-1].clone())
             for j, m in enumerate(program.outputs):
                 if rows is not None and m == n:
-                    out[j].copy_(combine(y, k, h, rows[j]))
-            y = combine(y, k, h, program.b)
+                    combine(y, k, h, rows[j], out[j])
+            after = None if starts is None else starts[(n + 1) * program.stages]
+            y = combine(y, k, h, program.b, after)
         if rows is None:
             store(out, program.outputs, program.steps, y)
         return out, tape if whole else starts
@@ -332,14 +333,16 @@ class Layered:
             if isinstance(kept, Tape):
                 tape, base = kept, first
             else:
-                tape, base = Tape(program.network, count, y0, kept[first : first + count]), 0
+                tape, base = Tape(program.network, count, kept[first : first + count]), 0
                 field.run(*tape.rows(0, count), first, count)
             for n in range(end - 1, start - 1, -1):
                 adjoint.begin(n)
                 for i in range(s - 1, -1, -1):
                     row, bar = (n - start) * s + i, torch.empty_like(y0)
                     _, seen = tape.rows(base + row, 1)
-                    field.back(adjoint.slope(i), seen, flat_rows(deltas, row, 1), bar)
+                    delta = flat_rows(deltas, row, 1)
+                    adjoint.slope(i, delta[-1])
+                    field.back(seen, delta, bar)
                     adjoint.bars.append(bar)
                 adjoint.end()
             values, _ = tape.rows(base, count)
@@ -360,7 +363,6 @@ class Adjoint:
 
     def __init__(self, program: Program, grad: Tensor):
         self.program, self.grad = program, grad
-        self.combine = choose_kernels(grad).rk_combine
         self.h = program.h.tolist()
         self.lam = torch.zeros_like(grad[0]) if len(grad) else grad.new_zeros(grad.shape[1:])
         self.bars: list[Tensor] = []  # of the stages after i, the last stage first
@@ -378,26 +380,37 @@ class Adjoint:
                 total = total + (self.grad[j] if weights is None else self.grad[j] * weights[j])
         return total
 
-    def slope(self, i: int) -> Tensor:
-        """kbar_i."""
+    def slope(self, i: int, out: Tensor) -> None:
+        """Write kbar_i."""
         program, h = self.program, self.h[self.n]
-        total = self.lam * (h * program.b[i])
+        total = torch.mul(self.lam, h * program.b[i], out=out)
         if program.weights is not None:
             total = self.with_outputs(total, self.n, (h * program.weights[:, i]).tolist())
-        if not self.bars:
-            return total
-        later = range(program.stages - 1, i, -1)
-        return self.combine(total, self.bars, h, tuple(program.a[j][i] for j in later))
+        if self.bars:
+            later = range(program.stages - 1, i, -1)
+            combine(total, self.bars, h, tuple(program.a[j][i] for j in later), out)
+        elif total is not out:
+            out.copy_(total)
 
     def end(self) -> None:
         """After the stages of a step."""
-        self.lam = self.combine(self.lam, self.bars, 1.0, (1.0,) * len(self.bars))
+        self.lam = combine(self.lam, self.bars, 1.0, (1.0,) * len(self.bars))
         if self.program.weights is not None:
             self.lam = self.with_outputs(self.lam, self.n)
 
     def total(self) -> Tensor:
         """dL/dy0 after the first step."""
         return self.lam if self.program.weights is not None else self.with_outputs(self.lam, 0)
+
+
+def combine(
+    y: Tensor, k: list[Tensor], h: float, w: tuple[float, ...], out: Tensor | None = None
+) -> Tensor:
+    """Return y + h sum_i w[i] k[i], in `out` if it is given: with one stage in one pass."""
+    if out is not None and len(k) == 1 and w[0] != 0:
+        return torch.add(y, k[0], alpha=h * w[0], out=out)
+    total = choose_kernels(y).rk_combine(y, k, h, w)
+    return total if out is None else out.copy_(total)
 
 
 def steps_per_chunk(program: Program, y0: Tensor, kept: bool) -> int:

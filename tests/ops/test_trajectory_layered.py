@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from networks import RESIDUALS, chain, make_inputs, make_program, residual, viscosity
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmft_fast.ops import trajectory_layered
 from fmft_fast.ops.network import ACTIVATIONS, Layer, Network, Term
@@ -201,6 +202,36 @@ def test_a_solve_needs_the_bytes_that_it_names(activation, steps):
         results = sum(x.nbytes for x in flatten(inputs)) + 8 * inputs.y0.nbytes
         assert used <= named + 2 * results
         assert named <= 2.1 * used
+
+
+class Counted(TorchDispatchMode):
+    """Counts what would be kernels on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or "empty" in str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_of_euler_takes_no_more_passes_than_its_products_and_activations():
+    network, shapes = chain(3, (8, 8, 8), "selu")
+
+    def passes(steps):
+        program = make_program(network, "euler", steps)
+        inputs = make_inputs(network, shapes, 5, steps)
+        grad = torch.ones(1, 5, 3, dtype=torch.float64)
+        with Counted() as forward:
+            _, kept = KERNELS.forward(program, inputs, "activations")
+        with Counted() as backward:
+            KERNELS.backward(program, inputs, kept, grad, everything(inputs))
+        return forward.count, backward.count
+
+    (few, few_back), (more, more_back) = passes(8), passes(9)
+    assert more - few == 4 + 3 + 1  # and the state after the step
+    assert more_back - few_back == 4 + 3 + 2  # and the gradients of the slope and of the state
 
 
 def test_refuses_other_dtypes():

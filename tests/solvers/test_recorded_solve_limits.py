@@ -50,8 +50,9 @@ def test_how_many_recordings_there_may_be(double, monkeypatch):  # noqa: F811
 
 def test_how_much_recordings_may_hold(double, monkeypatch):  # noqa: F811
     field = make()
-    # Of 4 stages the values, the arguments of SiLU and as many deltas, each state, and the output.
-    held = (4 * 5 * 3 * (8 + 7 + 3) + (4 + 1) * 5 * 3) * 8
+    # Of 4 stages the values, the arguments of SiLU and as many deltas, each state, the final one
+    # as well, and the output.
+    held = (4 * 5 * 3 * (8 + 7 + 3) + (5 + 1) * 5 * 3) * 8
     for budget, records in ((held - 1, 0), (held, 2)):
         recorded_solve.clear()
         monkeypatch.setattr(_cache, "budget", budget)
