@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,20 @@ from .run import selection
 
 RESULTS = results.FOLDER / "gpu_check.json"
 BUDGET = 460.0  # seconds in all
-TEST_LIMIT, SANITIZER_LIMIT, PEER_LIMIT = 180.0, 60.0, 60.0
+TEST_LIMIT, PEER_LIMIT = 180.0, 60.0
 LATENCY_LIMIT = 45.0
 HANGING = 90.0  # seconds after which a test must be waiting for a kernel that does not end
 LAST_WORDS = 10.0  # seconds to stop by oneself
 SANITIZED = ROOT / "tests/ops/test_trajectory_gpu.py"
 TIMED = ("p1", "small", "wide", "policy", "dopri5")
 WIDE = ("wide", "policy")
+MARKED = ("p1", "wide")
+OURS = ('fmft_fast.solve(gradient="backprop")', "fmft_fast.solve", "fmft_fast.odeint")
+RIVALS = ("CUDA-graphed loop", "torch.compile reduce-overhead")
 # What matters most comes first: the rest goes without if time runs out.
 ORDER = (
-    *("fmft_fast.solve", "fmft_fast.odeint", "torchdiffeq.odeint", "CUDA-graphed loop"),
-    *("torch.compile reduce-overhead", "plain loop", "torchdiffeq.odeint_adjoint"),
+    *OURS,
+    *("torchdiffeq.odeint", *RIVALS, "plain loop", "torchdiffeq.odeint_adjoint"),
 )
 SIZES = (256 * 2, 4096 * 32, 1 << 20, 1 << 24)
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
@@ -105,24 +109,28 @@ def main() -> int:
     if on_gpu and not stage("build", build(clock)):
         return 1
     stage("machine", describe(options.device))
-    good = not on_gpu or stage("tests", run_tests(clock))
+    good = True
+    with ThreadPoolExecutor(1 + len(TOOLS)) as pool:  # there is nothing to time yet
+        checks = {"tests": pool.submit(run_tests, clock)} if on_gpu else {}
+        checks |= {tool: pool.submit(sanitize, tool, clock) for tool in TOOLS if on_gpu}
+        for name, check in checks.items():
+            good = stage(name, check.result()) and good
     if good or options.times_anyway:
         if on_gpu:
             stage("step_ops", step_ops(clock))
-        later = LATENCY_LIMIT + on_gpu * len(TOOLS) * SANITIZER_LIMIT
-        suite_clock = Clock(clock.limit(options.budget) - later)
+        suite_clock = Clock(clock.limit(options.budget) - LATENCY_LIMIT)
+        rounded = by_precision(options.seconds, suite_clock) if on_gpu else {}
         if on_gpu:
+            stage("suite_by_precision", {k: [*map(asdict, rows)] for k, rows in rounded.items()})
             stage("suite_by_steps", by_steps(options.seconds, suite_clock))
         suite = time_suite(
             options.case or TIMED, options.peer, options.seconds, options.device, suite_clock
         )
+        stage("suite", asdict(suite))
         if on_gpu:
             suite.write(options.output.with_name("cuda-suite.json"))
-        stage("suite", asdict(suite))
+            stage("marks", marks(suite, rounded))
         stage("clocks_after", machine.clocks())
-    for tool in TOOLS if on_gpu else ():
-        good = stage(tool, sanitize(tool, clock)) and good
-    if good or options.times_anyway:
         stage("latency", time_decisions(options.device, clock))
     for name, found in report.items():
         if isinstance(found, dict) and "summary" in found:
@@ -172,12 +180,58 @@ def by_steps(seconds: float, clock: Clock) -> list[Any]:
     """Times of wide fields by recorded steps, which compete with solves layer by layer."""
     limit = clock.limit(PEER_LIMIT)
     off = {"FMFT_FUSED": "0"}
-    part = time_peer("fmft_fast.solve", WIDE, seconds, "cuda", limit, off) if limit > 5 else None
-    rows = part.rows if part else []
+    part = limit > 5 and time_peer("fmft_fast.solve", WIDE, seconds, "cuda", limit, env=off)
+    return [asdict(row) for row in shown(part.rows if part else [], "not fused")]
+
+
+def by_precision(seconds: float, clock: Clock) -> dict[str, list[Row]]:
+    """Gradients of the marked cases with products of rounded float32."""
+    found: dict[str, list[Row]] = {"medium": [], "high": []}
+    for (precision, rows), peer in itertools.product(found.items(), (OURS[0], RIVALS[0])):
+        limit = clock.limit(PEER_LIMIT)
+        words = ("--operation", "gradient", "--precision", precision)
+        part = limit > 5 and time_peer(peer, MARKED, seconds, "cuda", limit, *words)
+        rows += shown(part.rows if part else [], precision)
+    return found
+
+
+def shown(rows: Sequence[Row], how: str) -> Sequence[Row]:
+    """Print the rows of a peer and return them."""
     for row in rows:
-        shown = row.reason or f"{1e3 * (row.ms or 0):.1f} us"
-        print(f"{row.case:8}{row.operation:10}{'fmft_fast.solve, not fused':38}{shown}", flush=True)
-    return [asdict(row) for row in rows]
+        result = row.reason or f"{1e3 * (row.ms or 0):.1f} us"
+        print(f"{row.case:8}{row.operation:10}{f'{row.peer}, {how}':46}{result}", flush=True)
+    return rows
+
+
+def marks(suite: Report, rounded: dict[str, list[Row]]) -> dict[str, Any]:
+    """What was to be reached on an H200, and what was: times in us, and ratios."""
+
+    def us(case: str, peers: Sequence[str], precision: str = "highest") -> float | None:
+        rows = suite.rows if precision == "highest" else rounded[precision]
+        times = [
+            1e3 * row.ms
+            for row in rows
+            if row.ms and (row.case, row.operation) == (case, "gradient") and row.peer in peers
+        ]
+        return min(times, default=None)
+
+    def ratio(case: str, rivals: Sequence[str], precision: str = "highest") -> float | None:
+        theirs, ours = us(case, rivals, precision), us(case, OURS, precision)
+        return theirs / ours if theirs and ours else None
+
+    found = {
+        "p1, bf16: at most 60 us": us("p1", OURS, "medium"),
+        "p1, as float32: at most 110 us": us("p1", OURS),
+        "p1, torchdiffeq over ours: at least 60": ratio("p1", ("torchdiffeq.odeint",)),
+        "p1, best rival over ours: at least 8": ratio("p1", RIVALS),
+        "wide: at most 850 us": us("wide", OURS),
+        "wide, best rival over ours: at least 1.3": ratio("wide", RIVALS),
+        "wide, rounded to TF32: at most 850 us": us("wide", OURS, "high"),
+        "wide, rounded to TF32, best rival over ours: at least 1.3": ratio("wide", RIVALS, "high"),
+    }
+    for name, number in found.items():
+        print(f"{name:60}{'not measured' if number is None else f'{number:.3g}'}")
+    return found
 
 
 def time_decisions(device: str, clock: Clock) -> dict[str, Any]:
@@ -207,15 +261,17 @@ def time_peer(
     seconds: float,
     device: str,
     limit: float,
+    *words: str,
     env: dict[str, str] | None = None,
 ) -> Report | None:
-    """What a peer's process has written when it ended or was stopped."""
+    """What a peer's process has written when it ended or was stopped; `words` are more options."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.json"
         command = [
             *(sys.executable, "-m", "benchmarks.run", "--device", device, "--peer", peer),
             *("--seconds", str(seconds), "--output", str(path), "--no-pictures"),
             *(word for case in cases for word in ("--case", case)),
+            *words,
         ]
         found = run_limited(command, limit, env)
         if found["status"] not in (0, 124):
@@ -289,7 +345,7 @@ def sanitize(tool: str, clock: Clock) -> dict[str, Any]:
     """Run small solves under a tool of compute-sanitizer; status None if it cannot or is slow."""
     name = "compute-sanitizer"
     path = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
-    limit = clock.limit(SANITIZER_LIMIT)
+    limit = clock.limit(TEST_LIMIT)
     if path is None or limit < 5:
         reason = "compute-sanitizer is not installed" if path is None else "no time is left"
         return {"status": None, "summary": reason}

@@ -187,11 +187,18 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="default: 1")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="per row")
+    parser.add_argument(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="of products of float32, see torch.set_float32_matmul_precision",
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.json")
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON only")
     args = parser.parse_args()
     output = args.output or results.FOLDER / f"{args.device}.json"
     start = time.perf_counter()
+    torch.set_float32_matmul_precision(args.precision)
     if len(args.threads) == 1:
         use_threads(args.threads[0])
         chosen = selection(args.case, args.operation, args.device)
@@ -199,6 +206,7 @@ def main() -> None:
         report = run(chosen, peers, args.seconds, args.device, lambda part: part.write(output))
     else:
         common = ["--device", args.device, "--seconds", str(args.seconds)]
+        common += ["--precision", args.precision]
         for flag in ("case", "operation", "peer"):
             for name in getattr(args, flag) or ():
                 common += [f"--{flag}", name]

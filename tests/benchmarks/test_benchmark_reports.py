@@ -209,6 +209,36 @@ def test_the_gpu_check_times_what_matters_most_first():
     order = gpu_check.in_order(list(PEERS))
     assert sorted(order) == sorted(PEERS)
     assert order[: len(gpu_check.ORDER)] == list(gpu_check.ORDER)
+    assert {*gpu_check.OURS, *gpu_check.RIVALS} <= set(PEERS)
+
+
+def test_what_was_reached_is_told_by_precision(monkeypatch):
+    ms = {"highest": 0.1, "high": 0.07, "medium": 0.05}
+
+    def time_peer(peer, cases, seconds, device, limit, *words):
+        precision = words[words.index("--precision") + 1]
+        factor = 1 if peer in gpu_check.OURS else 10
+        rows = [row(case, "gradient", peer, factor * ms[precision]) for case in cases]
+        return Report({}, {}, {}, rows)
+
+    monkeypatch.setattr(gpu_check, "time_peer", time_peer)
+    rounded = gpu_check.by_precision(0.1, gpu_check.Clock(100))
+    rows = [
+        row("p1", "gradient", "fmft_fast.odeint", ms["highest"]),
+        row("p1", "gradient", "fmft_fast.solve", reason="wrong"),
+        row("p1", "gradient", BASELINE, 7.0),
+    ]
+    found = gpu_check.marks(Report({}, {}, {}, rows), rounded)
+    assert found == {
+        "p1, bf16: at most 60 us": pytest.approx(50),
+        "p1, as float32: at most 110 us": pytest.approx(100),
+        "p1, torchdiffeq over ours: at least 60": pytest.approx(70),
+        "p1, best rival over ours: at least 8": None,
+        "wide: at most 850 us": None,
+        "wide, best rival over ours: at least 1.3": None,
+        "wide, rounded to TF32: at most 850 us": pytest.approx(70),
+        "wide, rounded to TF32, best rival over ours: at least 1.3": pytest.approx(10),
+    }
 
 
 def test_a_command_is_stopped_at_its_limit():
