@@ -26,6 +26,7 @@ from .unchanged import CONTAINERS, snapshot
 _LIMIT = 8  # results kept per field or code
 _SEEN = 1024  # batch sizes remembered per result
 _PATIENCE = 32  # traces of a field without any use of one
+_TRUST = 32  # calls for which a field that was not fusable is taken to be so still
 _cache: dict[Any, list[_Entry]] = {}
 _traces: dict[Any, int] = {}
 
@@ -33,11 +34,16 @@ _traces: dict[Any, int] = {}
 class _Entry:
     """A result, for which fields and arguments it holds, and what it depends on."""
 
-    __slots__ = ("parts", "about", "guards", "result", "seen", "refused", "rest", "used", "notes")
+    __slots__ = (
+        "parts", "about", "rest", "guards", "result", "seen", "refused", "used", "notes", "trust",
+        "training",
+    )  # fmt: skip
 
     def __init__(self, parts: list[Any], about: tuple, rest: Any, guards: Guards, result: Any):
         self.parts, self.about, self.rest = parts, about, rest
         self.guards, self.result = guards, result
+        self.trust = _TRUST if isinstance(result, NotFusable) else 0
+        self.training = _training([ref() for ref in parts])
         self.seen: set[tuple[int, ...]] = set()
         self.refused: set[tuple[int, ...]] = set()
         self.used = False
@@ -56,8 +62,17 @@ class _Entry:
         """Whether a call asks for this."""
         return self.about == about and self.is_of(parts, rest) and self.guards.hold()
 
+    def is_refused_still(self, parts: tuple, about: tuple, rest: Any) -> bool:
+        """Whether a call need not look whether it can be fused by now; if not, it has to."""
+        if not self.trust or self.about != about or not self.is_of(parts, rest):
+            return False
+        self.trust -= 1
+        return bool(self.trust) and self.training == _training(parts)
 
-def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan | NotFusable:
+
+def find_plan(
+    field: Callable, y0: Tensor, cond: Tensor | None = None, trusting: bool = False
+) -> Plan | NotFusable:
     """The network of a field for states like y0, or why there is none.
 
     The field is never called in a way that anyone could notice. The result is kept until something
@@ -67,6 +82,9 @@ def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan |
         field: `field(t, x)` or `field(t, x, cond)`.
         y0: [*lead, state] state.
         cond: the condition, if there is one.
+        trusting: whether a field without a network counts as one for some calls, as long as it is
+            not switched between training and evaluation, even if what it reads has changed. To
+            look at all of a large one would take as long as some of its layers.
     """
     if (refusal := _surroundings(y0, cond)) is not None:
         return refusal
@@ -74,12 +92,20 @@ def find_plan(field: Callable, y0: Tensor, cond: Tensor | None = None) -> Plan |
     about = _about(y0, cond)
     entries = _cache.get(key, ())
     for entry in entries:
+        if trusting and entry.is_refused_still(parts, about, rest):
+            return entry.result
         if entry.matches(parts, about, rest):
             result, entry.used = entry.result, True
+            entry.trust = _TRUST if isinstance(result, NotFusable) else 0
             if y0.shape[:-1] in entry.seen or _admit(entry, field, y0, cond):
                 return result
             return NotFusable(*BATCH_MATTERS)
     return _find(field, y0, cond, key, parts, rest, about)
+
+
+def _training(parts: Sequence[Any]) -> list[Any]:
+    """Which modules among the parts of a field are being trained, as dropout is then at work."""
+    return [getattr(part, "training", None) for part in parts if isinstance(part, nn.Module)]
 
 
 def undisturbed(y0: Tensor) -> bool:

@@ -100,7 +100,7 @@ def explain(
         return Explanation(False, steps, reason=reason)
     assert isinstance(x0, Tensor) and problem.spec.tableau is not None
     stages, adaptive = problem.spec.tableau.stages, problem.spec.family == "adaptive"
-    found = find_route(field, x0, stages, backend, cond, adaptive)
+    found = find_route(field, x0, stages, backend, cond, adaptive, anew=True)
     if isinstance(found, NotFusable):
         return Explanation(False, steps, None, found.reason, found.where, found.remedy)
     kernels = with_recordings(found.kernels, found.plan, x0.device)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from ..errors import InputError, NonFiniteWarning
 from ..ops.backend import StepKernels
 from ..ops.contract import is_traced
 from .events import bisect_event
+from .grids import equal_times
 from .inputs import FixedOptions, NormalisedField, Problem, shift_time
 from .tableau import Tableau
 
 Step = float | Tensor
 MAX_EVENT_STEPS = 20_000
+MAX_LAYOUTS = 64
 
 
 class Stepper(Protocol):
@@ -69,6 +71,40 @@ def stage_times(tableau: Tableau, t: Tensor, dtype: torch.dtype, perturb: bool =
             for i, (at, c) in enumerate(zip(columns, tableau.c, strict=True))
         ]
     return torch.stack(columns, dim=1)
+
+
+class Layout(NamedTuple):
+    """Equal steps of an explicit method.
+
+    Attributes:
+        grid: [N + 1] float64 times of their ends.
+        table: [N, s] times of their stages.
+        h: [N] signed steps.
+    """
+
+    grid: Tensor
+    table: Tensor
+    h: Sequence[float]
+
+
+_layouts: dict[tuple, Layout] = {}
+
+
+def equal_steps(tableau: Tableau, t0: float, t1: float, count: int, dtype: torch.dtype) -> Layout:
+    """Equal steps on the host, with stage times of a dtype; remembered, and then copied.
+
+    To lay them out takes as long as a step of a small network.
+    """
+    key = (tableau.name, tableau.stages, t0, t1, count, dtype)
+    layout = _layouts.get(key)
+    if layout is None:
+        grid = torch.tensor(equal_times(t0, t1, count), dtype=torch.float64)
+        h: Any = step_sizes(grid)
+        layout = Layout(grid, stage_times(tableau, grid, dtype), h)
+        if len(_layouts) >= MAX_LAYOUTS:
+            _layouts.clear()
+        _layouts[key] = layout
+    return Layout(layout.grid.clone(), layout.table.clone(), layout.h)
 
 
 class RKStepper:

@@ -94,7 +94,13 @@ def solve_per_sample(request: SolveRequest) -> Solution:
     tableau = problem.spec.tableau
     assert tableau is not None
     route = find_route(
-        request.field, request.x0, tableau.stages, request.backend, request.cond, adaptive=True
+        request.field,
+        request.x0,
+        tableau.stages,
+        request.backend,
+        request.cond,
+        adaptive=True,
+        anew=True,
     )
     if not isinstance(route, Route):
         _refuse(str(route).removeprefix("not fused: "))

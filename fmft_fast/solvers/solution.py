@@ -15,17 +15,18 @@ from ..fusion import NotFusable
 from ..ops.backend import choose_kernels
 from ..ops.capture import place
 from ..ops.contract import is_traced, is_transformed
+from ..ops.finite import all_finite
 from .accepted_steps import find_accepted_steps
 from .adaptive import AdaptiveSolver
 from .continuous_adjoint import find_parameters, odeint_adjoint
 from .discrete_adjoint import DiscretePlan, DiscreteSolve, StageField
 from .drop_in import make_stepper, odeint
-from .fixed import stage_times, step_sizes
+from .fixed import Layout, equal_steps, stage_times, step_sizes
 from .graphs import find_graphs
 from .grids import make_grid
 from .inputs import Problem, normalise, real_dtype
 from .methods import find_method
-from .repeated import remember, solve_kind
+from .repeated import PLAIN_TENSORS, remember, solve_kind
 from .replay import KnownTensors
 from .stats import SolveStats, record_stats, report
 from .stepwise_adjoint import StepwisePlan, solve_stepwise
@@ -224,7 +225,8 @@ class SolveRequest:
         x = self.x0.float() if dtype in (torch.float16, torch.bfloat16) else self.x0
         if discrete and x.is_inference():
             x = x.clone()  # an inference tensor cannot be kept for the backward pass
-        tableau, grid = self.tableau.advancing, make_grid(self.t0, self.t1, self.steps)
+        tableau, layout = self.tableau.advancing, self._equal_steps()
+        grid = make_grid(self.t0, self.t1, self.steps) if layout is None else layout.grid
         problem = self._problem(grid, x) if self.adaptive else None
         if not compiling:
             fused = self._in_one_call(grid, problem)
@@ -239,13 +241,15 @@ class SolveRequest:
             field=StageField(self.field, dtype),
             tableau=tableau,
             kernels=kernels,
-            h=step_sizes(grid.detach() if discrete else grid),
+            h=step_sizes(grid.detach() if discrete else grid) if layout is None else layout.h,
             save_all=self.save == "all",
             checkpoint_every=self.checkpoint_every,
             known=known,
             own_times=self.table is None,
         )
-        table = self._time_rows(tableau, grid.detach() if discrete else grid)
+        table = layout and layout.table
+        if table is None:
+            table = self._time_rows(tableau, grid.detach() if discrete else grid)
         versions = [] if compiling or is_traced() else _versions(x, table)
         if discrete:
             y = DiscreteSolve.apply(plan, x, grid, table, self.cond, *self.leaves)
@@ -266,10 +270,26 @@ class SolveRequest:
             t = self.steps.detach().to(torch.float64)
             y = y[torch.isin(grid.detach(), t)]
         if not compiling:
-            if y.device.type == "cpu" and not is_traced():
-                _check_finite(plan, x, table, self.cond, y, grid)
+            end = y[-1] if plan.save_all else y
+            if y.device.type == "cpu" and not is_traced() and not all_finite(end.detach()):
+                _find_not_finite(plan, x, table, self.cond, grid)
             return Solution(y.to(dtype), t, self._report(plan, control, grid))
         return Solution(y.to(dtype), t, SolveStats(self.method, 0, len(plan.h)))
+
+    def _equal_steps(self) -> Layout | None:
+        """The steps, where they are equal ones on the host and nothing is at work around them."""
+        if not (isinstance(self.t0, float) and isinstance(self.t1, float)):
+            return None
+        if type(self.steps) is not int or self.steps < 1 or self.adaptive:
+            return None
+        if self.table is not None or self.tableau is None:
+            return None
+        if type(self.x0) not in PLAIN_TENSORS or not self.x0.is_cpu:
+            return None
+        if torch._C._len_torch_function_stack() or is_traced():
+            return None
+        dtype = real_dtype(self.x0.dtype)
+        return equal_steps(self.tableau.advancing, self.t0, self.t1, self.steps, dtype)
 
     def _problem(self, grid: Tensor, x: Tensor) -> Problem:
         """What the step control is given."""
@@ -403,13 +423,10 @@ def _replay(plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None) -
 
 
 @torch.no_grad()
-def _check_finite(
-    plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None, y: Tensor, grid: Tensor
+def _find_not_finite(
+    plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None, grid: Tensor
 ) -> None:
-    """Raise if the result is not finite; the steps are repeated to find the one that broke."""
-    end = y[-1] if plan.save_all else y
-    if bool(torch.isfinite(end).all()):
-        return
+    """Raise for a result that is not finite; the steps are repeated to find the one that broke."""
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("x0 holds NaN or infinite values: expected finite numbers")
     times = [row.unbind() for row in table.unbind()]

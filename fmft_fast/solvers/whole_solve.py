@@ -169,6 +169,7 @@ def find_route(
     backend: str = "auto",
     cond: Tensor | None = None,
     adaptive: bool = False,
+    anew: bool = False,
 ) -> Route | NotFusable:
     """How the solve runs in one kernel call, or why it does not.
 
@@ -179,15 +180,17 @@ def find_route(
         backend: as in `solve`.
         cond: condition of the field, or None.
         adaptive: whether the kernels have to control the steps.
+        anew: look at a field again that was not fusable lately (see `find_plan`).
     """
-    if fusion_mode() == "off":
+    mode = fusion_mode()
+    if mode == "off":
         return NotFusable('fusion is off: fused("off") or FMFT_FUSED=0')
-    plan = None
+    plan, trusting = None, mode == "auto" and not anew
     if cond is None and (opened := open_condition(field, y0)) is not None:
-        plan = find_plan(opened[0], y0, opened[1])
+        plan = find_plan(opened[0], y0, opened[1], trusting)
         cond = opened[1] if isinstance(plan, Plan) else None
     if not isinstance(plan, Plan):
-        plan = find_plan(field, y0, cond)
+        plan = find_plan(field, y0, cond, trusting)
     if isinstance(plan, NotFusable):
         return plan
     rows = y0.numel() // plan.network.state
