@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from ..ops.contract import is_traced
+from ..ops.layout import is_plain
 from .effects import Watch, check_module
 from .guards import UNREAD, Guards
 from .opened import Opened, OpenedObject
@@ -146,8 +147,11 @@ def _surroundings(y0: Tensor, cond: Tensor | None) -> NotFusable | None:
         return NotFusable(f"the state has the shape {list(y0.shape)}, or is no plain tensor")
     if cond is not None and type(cond) is not Tensor and type(cond) is not nn.Parameter:
         return NotFusable(f"the condition is a {type(cond).__name__}, not a plain tensor")
-    if y0.is_neg() or (cond is not None and cond.is_neg()):
-        return NotFusable("the state or the condition is a lazily negated view", remedy="clone it")
+    if not is_plain(y0) or (cond is not None and not is_plain(cond)):
+        return NotFusable(
+            "the state or the condition is a lazily negated view, or zeros without memory",
+            remedy="clone it",
+        )
     if torch.is_autocast_enabled(y0.device.type):
         return NotFusable("autocast is enabled", remedy="leave autocast around the solve")
     if hooks_on_all_modules():

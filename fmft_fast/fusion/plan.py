@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.layout import is_plain
 from ..ops.network import Inputs, Network, evaluate
 from .assembly import Found
 from .compare import alike, generalise
@@ -81,7 +82,7 @@ class Plan:
             lead: leading dimensions of the state, if they are not those of the condition.
         """
         if self.constant:
-            return Inputs(None, [x.resolve_neg() for x in self.tensors])
+            return Inputs(None, [_plain(x) for x in self.tensors])
         known: list[Tensor] = []
         if self._times.nodes:
             assert times is not None
@@ -94,9 +95,9 @@ class Plan:
         first, second = len(self.found.parameters), len(values) - len(self.found.conds)
         return Inputs(
             None,
-            list(map(_by_rows, values[:first])),
-            list(map(Tensor.contiguous, values[first:second])),
-            list(map(Tensor.contiguous, values[second:])),
+            [_by_rows(_plain(x)) for x in values[:first]],
+            [_plain(x).contiguous() for x in values[first:second]],
+            [_plain(x).contiguous() for x in values[second:]],
         )
 
     def _tables(self, times: Tensor) -> list[Tensor]:
@@ -161,6 +162,10 @@ class Plan:
                 f"  {parameters}; time enters {time}; {self.flops} FLOPs per sample and evaluation",
             ]
         )
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value if is_plain(value) else value.clone()
 
 
 def _by_rows(value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmft_fast.ops.compiled import CPU, TYPE_CODES
+from fmft_fast.ops.layout import is_plain
 
 LARGE = 1 << 16  # numbers, of which torch's sum takes less time
 
@@ -22,6 +23,7 @@ def all_finite(x: Tensor) -> bool:
 def seems_finite(x: Tensor) -> bool:
     """Whether all numbers are finite; may be false for numbers so large that their sum is not."""
     size = x.numel()
-    if CPU is not None and size < LARGE and x.dtype in TYPE_CODES and x.is_contiguous():
+    known = x.dtype in TYPE_CODES and x.is_contiguous() and is_plain(x)
+    if CPU is not None and known and size < LARGE:
         return CPU.all_finite(x.data_ptr(), size, TYPE_CODES[x.dtype])
     return math.isfinite(x.sum().item())

@@ -266,12 +266,15 @@ def _gradients(tensors: Inputs, wanted: Inputs) -> tuple[Inputs, tuple[Any, ...]
 
 
 def _laid_out(inputs: Inputs) -> Inputs:
-    """The tensors with rows that lie next to each other, parameters with any distance of rows."""
+    """The tensors with rows that lie next to each other, parameters with any distance of rows.
+
+    They hold the memory in which they are now, whatever becomes of the tensors that were given.
+    """
     return Inputs(
-        None if inputs.y0 is None else inputs.y0.contiguous(),
-        [_rows_together(x) for x in inputs.parameters],
-        [x.contiguous() for x in inputs.tables],
-        [x.contiguous() for x in inputs.conds],
+        None if inputs.y0 is None else inputs.y0.detach().contiguous(),
+        [_rows_together(x.detach()) for x in inputs.parameters],
+        [x.detach().contiguous() for x in inputs.tables],
+        [x.detach().contiguous() for x in inputs.conds],
     )
 
 

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from ..ops.contract import is_traced
+from ..ops.layout import is_plain
 from ..ops.network import Inputs
 from ..ops.trajectory import Program, TrajectoryKernels, flatten, rebuild, run
 
 
 @dataclass
 class Solved:
-    """A solve that was done, and what its backward pass needs besides the tensors.
+    """A solve that was done, and what its backward pass needs.
 
-    `like` is the structure of the inputs; torch keeps the tensors, and sees changes in place.
+    Torch keeps the tensors as well, and so sees changes in place. `inputs` stay what they were also
+    where a parameter was given other memory since, by `p.data = ...`.
     """
 
     kernels: TrajectoryKernels
     program: Program
     out: Tensor
     kept: Any
-    like: Inputs
+    inputs: Inputs
 
     def run(self, inputs: Inputs) -> Tensor:
         """The outputs in plain torch, with a graph."""
@@ -35,23 +37,14 @@ class Solved:
         """The gradients of the inputs from that of the outputs."""
         return self.kernels.backward(self.program, inputs, self.kept, grad, wanted)
 
-    def gradients(
-        self, tensors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """Like `pull_back`, with the inputs in one list as `flatten` gives it."""
-        inputs, wants = (rebuild(self.like, list(x)) for x in (tensors, wanted))
-        return flatten(self.pull_back(inputs, grad, wants))
-
-
-def structure(inputs: Inputs) -> Inputs:
-    """The counts of the tensors, without them."""
-    lists = ([None] * len(x) for x in (inputs.parameters, inputs.tables, inputs.conds))
-    return Inputs(None, *lists)
+    def gradients(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        """Like `pull_back`, of those that are wanted in the order of `flatten`."""
+        return flatten(self.pull_back(self.inputs, grad, rebuild(self.inputs, list(wanted))))
 
 
 def attach(solved: Solved, inputs: Inputs) -> Tensor:
     """The outputs of a solve with their place in the graph."""
-    solved.like = structure(inputs)
+    solved.inputs = rebuild(inputs, [x.detach() for x in flatten(inputs)])
     tensors = (x.clone() if x.is_inference() else x for x in flatten(inputs))
     attached = SolvedInOneCall.apply(solved, *tensors)
     assert isinstance(attached, Tensor)
@@ -75,7 +68,9 @@ class SolvedInOneCall(torch.autograd.Function):
         solved, tensors, wants = ctx.solved, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or is_traced() or _is_batched(grad):
             return None, *_differentiate(solved, tensors, wants, grad)
-        return None, *solved.gradients(tensors, grad, wants)
+        if not is_plain(grad):
+            grad = grad.clone()
+        return None, *solved.gradients(grad, wants)
 
 
 def _differentiate(
@@ -90,7 +85,7 @@ def _differentiate(
         if not again:
             for x in asked:
                 x.requires_grad_()
-        out = solved.run(rebuild(solved.like, views))
+        out = solved.run(rebuild(solved.inputs, views))
     found = iter(torch.autograd.grad(out, asked, grad, create_graph=again, allow_unused=True))
     return (next(found) if wanted else None for wanted in wants)
 

@@ -110,9 +110,12 @@ def _combine(event_fn: Callable, y0: State, t: Any) -> Callable:
 
 def integrate(problem: Problem) -> Tensor:
     """The flat solution [T, *state] of a normalised problem."""
-    if len(problem.t) == 1 or problem.y0.numel() == 0:
+    y0, count = problem.y0, len(problem.t)
+    if count == 1 or y0.numel() == 0:
         _report(problem, 0)
-        return problem.y0.expand(len(problem.t), *problem.y0.shape)
+        if count > 1 and torch.is_grad_enabled():  # no numbers, but a place in the graph
+            y0 = y0 + problem.field(problem.t[0], y0)
+        return y0.expand(count, *y0.shape)
     solution = integrate_fused(problem)
     return _integrate_by_steps(problem) if solution is None else solution
 

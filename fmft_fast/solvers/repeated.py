@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..fusion import place_of_notes
 from ..ops.network import Inputs
 from ..ops.trajectory import Program
-from .attached import Solved, SolvedInOneCall, structure
+from .attached import Solved, SolvedInOneCall
 from .stats import SolveStats, report
 
 if TYPE_CHECKING:
@@ -163,7 +163,6 @@ class Repeat:
     ):
         self._kernels, self._program = solve, program
         self._parameters, self._others = inputs.parameters, others
-        self._structure = structure(inputs)
         self._alike, self._wants_grad = alike, wants_grad
         self._solved, self.stats = SolvedFinal if final else SolvedAgain, stats
         self._dtype = torch.get_default_dtype()
@@ -180,8 +179,9 @@ class Repeat:
         if not run.finite:
             return None
         if self._wants_grad:
-            kept = (run, tensors)  # the kernels have their addresses
-            solved = self._solved(self._kernels, self._program, out, kept, self._structure)
+            y0, *parameters = [x.detach() for x in tensors]  # the kernels have their addresses
+            inputs = Inputs(y0, parameters, [], [])
+            solved = self._solved(self._kernels, self._program, out, run, inputs)
             del out
             out = _attach(solved, *tensors)
         report(self.stats)
@@ -192,11 +192,10 @@ class Repeat:
 class SolvedAgain(Solved):
     """See `Solved`."""
 
-    def gradients(
-        self, tensors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
+    def gradients(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """The gradients of the tensors from that of the outputs."""
-        return self.kernels.backward(self.kept[0], grad, tensors, wanted)  # type: ignore
+        given = (self.inputs.y0, *self.inputs.parameters)
+        return self.kernels.backward(self.kept, grad, given, wanted)  # type: ignore
 
 
 class SolvedFinal(SolvedAgain):
