@@ -24,9 +24,9 @@ from .plan import BATCH_MATTERS, Plan, confirm, make_plan
 from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
 from .unchanged import CONTAINERS, snapshot
 
-_LIMIT = 8  # results kept per field or code
+_LIMIT = 32  # results kept per field or code: an ensemble's members may take turns
 _SEEN = 1024  # batch sizes remembered per result
-_PATIENCE = 32  # traces of a field without any use of one
+_PATIENCE = 64  # traces of a field, none of which was used again
 _TRUST = 32  # calls for which a field that was not fusable is taken to be so still
 _cache: dict[Any, list[_Entry]] = {}
 _traces: dict[Any, int] = {}
@@ -96,7 +96,9 @@ def find_plan(
         if trusting and entry.is_refused_still(parts, about, rest):
             return entry.result
         if entry.matches(parts, about, rest):
-            result, entry.used = entry.result, True
+            result = entry.result
+            if not entry.used:
+                entry.used, _traces[key] = True, 0
             entry.trust = _TRUST if isinstance(result, NotFusable) else 0
             if y0.shape[:-1] in entry.seen or _admit(entry, field, y0, cond):
                 return result

@@ -60,15 +60,16 @@ def solve(
             states on the grid).
         backend: kernels of the step ops: "auto", "reference", "cpu", "triton" or "cuda".
         cond: condition, passed to the field as third argument; gets a gradient.
-        params: further tensors that the field closes over and that get gradients. A field that
-            depends on an unknown tensor that requires grad is refused.
+        params: further tensors that the field depends on and that get gradients. Those that a
+            module holds, or a function closes over, are found; a field that depends on another
+            tensor that requires grad is refused.
         time_table: [N, stages, ...], what the field gets as t in every stage of every step, for
             instance a time embedding computed once (see `stage_time_table`); gets a gradient.
         checkpoint_every: keep every so many states only and compute the rest again in the backward
             pass (one more evaluation per stage), for very long solves; 0 keeps all.
         options: options of the adaptive step control or of an implicit method, as in `odeint`.
             {"per_sample": True} gives every row [state] of x0 [*lead, state] its own adaptive
-            steps, in one call (CPU, a field that can be fused, save="final"); `Solution.stats` then
+            steps, in one call (for a field that can be fused, save="final"); `Solution.stats` then
             counts those of the row with the most, and has tensors with the counts of every row.
 
     Returns:
@@ -84,7 +85,7 @@ def solve(
         >>> import torch
         >>> from fmft_fast import solve
         >>> field = torch.nn.Linear(2, 2)
-        >>> y = solve(lambda t, x: field(x), torch.ones(8, 2), steps=4, params=field.parameters()).y
+        >>> y = solve(lambda t, x: field(x), torch.ones(8, 2), steps=4).y
         >>> y.square().mean().backward(); field.weight.grad.shape
         torch.Size([2, 2])
     """

@@ -18,7 +18,8 @@ from ..ops.contract import is_traced, is_transformed
 from ..ops.finite import all_finite
 from .accepted_steps import find_accepted_steps
 from .adaptive import AdaptiveSolver
-from .continuous_adjoint import find_parameters, odeint_adjoint
+from .closure import leaves_of
+from .continuous_adjoint import odeint_adjoint
 from .discrete_adjoint import DiscretePlan, DiscreteSolve, StageField
 from .drop_in import make_stepper, odeint
 from .fixed import Layout, equal_steps, stage_times, step_sizes
@@ -116,9 +117,9 @@ class SolveRequest:
 
     @cached_property
     def leaves(self) -> tuple[Tensor, ...]:
-        """What requires grad of the field's parameters and of `params`, each once."""
-        module = find_parameters(self.field) if isinstance(self.field, nn.Module) else []
-        unique = {id(p): p for p in (*module, *self.params) if p.requires_grad}
+        """What requires grad of what the field holds and of `params`, each once."""
+        held = leaves_of(self.field)
+        unique = {id(p): p for p in (*held, *self.params) if p.requires_grad}
         return tuple(unique.values())
 
     def _check_method(self) -> None:

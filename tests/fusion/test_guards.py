@@ -218,9 +218,24 @@ def test_a_field_that_is_another_one_every_time_is_not_traced_for_ever():
     def make(scale):
         return lambda t, x: scale * x
 
-    results = [find_plan(make(float(i)), y) for i in range(40)]
+    results = [find_plan(make(float(i)), y) for i in range(80)]
     assert isinstance(results[0], Plan) and isinstance(results[-1], NotFusable)
     assert "another one at every call" in results[-1].reason
+
+
+def test_one_line_of_code_may_serve_any_number_of_networks():
+    y = torch.randn(4, D)
+
+    def field_of(net):
+        return lambda t, x: net(x)
+
+    for _ in range(100):  # one after the other
+        net = nn.Linear(D, D)
+        assert find_plan(field_of(net), y) is find_plan(field_of(net), y)
+    nets = [nn.Linear(D, D) for _ in range(30)]  # in turn
+    first = [find_plan(field_of(net), y) for net in nets]
+    assert all(isinstance(plan, Plan) for plan in first)
+    assert all(find_plan(field_of(net), y) is p for net, p in zip(nets, first, strict=True))
 
 
 def test_a_layer_derived_from_one_of_torch_is_guarded_too():

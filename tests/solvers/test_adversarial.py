@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,7 +101,8 @@ def test_retain_grad_of_a_closed_over_tensor_counts_once():
 
 
 def late_branch(w):
-    return (lambda t, x: x @ w if t > 0.5 else -x), {}
+    hidden = SimpleNamespace(w=w)
+    return (lambda t, x: x @ hidden.w if t > 0.5 else -x), {}
 
 
 def second_chunk(w):
@@ -119,7 +121,8 @@ def computed_before(w):
 
 
 def continuous_closure(w):
-    return (lambda t, x: x @ w), {"gradient": "continuous"}
+    hidden = SimpleNamespace(w=w)
+    return (lambda t, x: x @ hidden.w), {"gradient": "continuous"}
 
 
 def own_generator(w):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,13 +118,63 @@ def test_gradients_of_condition_and_of_closed_over_tensors() -> None:
 
 def test_a_field_with_an_unknown_tensor_is_refused() -> None:
     x0 = torch.randn(4, 3)
-    weight = torch.randn(3, 3, requires_grad=True)
+    hidden = types.SimpleNamespace(weight=torch.randn(3, 3, requires_grad=True))
     with pytest.raises(GradientError, match=r"shape \(3, 3\).*params="):
-        solve(lambda t, x: x @ weight, x0, steps=2)
+        solve(lambda t, x: x @ hidden.weight, x0, steps=2)
     with pytest.raises(GradientError):
-        solve(lambda t, x: x @ weight.tanh(), x0, steps=2, params=[torch.randn(1)])
+        solve(lambda t, x: x @ hidden.weight.tanh(), x0, steps=2, params=[torch.randn(1)])
     with torch.no_grad():
-        solve(lambda t, x: x @ weight, x0, steps=2)
+        solve(lambda t, x: x @ hidden.weight, x0, steps=2)
+
+
+GLOBAL = nn.Linear(3, 3)
+
+
+def of_global(t, x):
+    return GLOBAL(x)
+
+
+class Holder:
+    def __init__(self):
+        self.weight = torch.randn(3, 3, requires_grad=True)
+
+    def field(self, t, x):
+        return x @ self.weight
+
+    def __call__(self, t, x):
+        return self.field(t, x)
+
+
+def test_what_a_function_holds_gets_its_gradient():
+    weight, net = torch.randn(3, 3, requires_grad=True), nn.Linear(3, 3)
+    holder, nets = Holder(), {"a": [nn.Linear(3, 3)]}
+
+    def with_default(t, x, w=weight, *, scale=2.0):
+        return scale * x @ w
+
+    def without_value(t, x):
+        return x @ weight if later else net(x)
+
+    cases = [
+        (lambda t, x: x @ weight, [weight]),
+        (lambda t, x: net(nets["a"][0](x)), [*net.parameters(), *nets["a"][0].parameters()]),
+        (with_default, [weight]),
+        (functools.partial(with_default, scale=3.0), [weight]),
+        (functools.partial(lambda m, t, x: m(x), net), list(net.parameters())),
+        (of_global, list(GLOBAL.parameters())),
+        (holder.field, [holder.weight]),
+        (holder, [holder.weight]),
+    ]
+    x0 = torch.randn(4, 3, requires_grad=True)
+    for field, leaves in cases:
+        found, right = (
+            torch.autograd.grad(solve(field, x0, steps=3, **how).y.sum(), [x0, *leaves])
+            for how in ({}, {"gradient": "backprop"})
+        )
+        assert_close(found, right, rtol=1e-5)
+    with pytest.raises(NameError, match="later"):
+        solve(without_value, x0, steps=2)
+    later = True  # noqa: F841
 
 
 def test_time_table_replaces_the_time_and_gets_a_gradient() -> None:

@@ -113,7 +113,8 @@ def test_gradients_of_conditions_and_closed_over_tensors(method: str) -> None:
 
     assert_equal_gradients(field, start(4, 3), weight, method=method, steps=3, params=[encoded])
     with pytest.raises(GradientError, match=r"shape \(3, 3\).*params="):
-        solve(lambda t, x: x @ weight, start(4, 3), method=method, steps=3)
+        solve(field, start(4, 3), method=method, steps=3)
+    assert_equal_gradients(lambda t, x: x @ weight, start(4, 3), weight, method=method, steps=3)
 
 
 @pytest.mark.parametrize("method", ["explicit_adams", "bdf2"])
