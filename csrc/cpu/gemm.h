@@ -10,35 +10,7 @@ inline namespace FMFT_ISA {
 // Depth of a panel of B that stays in the cache while it meets all rows of the tile.
 constexpr int64_t kDepth = 256;
 
-// C (+)= A B for MR rows and NV vectors in registers. A is [MR, k], or with Across [k, MR].
-template <class T, int MR, int NV, bool Across>
-inline void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t k, T* c, int64_t ldc,
-                  const T* first_row, bool add) {
-  constexpr int L = Lanes<T>::count;
-  Vector<T> sum[MR][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j)
-      sum[i][j] = add ? load(c + i * ldc + j * L)
-                      : (first_row ? load(first_row + j * L) : Vector<T>{});
-  for (int64_t p = 0; p < k; ++p) {
-    Vector<T> row[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) row[j] = load(b + p * ldb + j * L);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const T x = Across ? a[p * lda + i] : a[i * lda + p];
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] += x * row[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * L, sum[i][j]);
-}
-
+// What a product does: C = A B (+ first_row in every row), C += A B, or with A across C += A^T B.
 template <class T>
 struct Product {
   const T* a;
@@ -50,24 +22,56 @@ struct Product {
   int64_t ldc;
   const T* first_row;
   bool add;
+  int64_t lost;  // see Sums
 };
 
+// MR rows of C and NV vectors of each, in registers. A is [MR, k], or with Across [k, MR].
 template <class T, int MR, int NV, bool Across>
-__attribute__((noinline)) void block_of(const Product<T>& x, int64_t row) {
-  block<T, MR, NV, Across>(x.a + (Across ? row : row * x.lda), x.lda, x.b, x.ldb, x.k,
-                           x.c + row * x.ldc, x.ldc, x.first_row, x.add);
+__attribute__((noinline)) void block(const Product<T>& x, int64_t row) {
+  constexpr int L = Lanes<T>::count;
+  const int64_t k = x.k, lda = x.lda, ldb = x.ldb, ldc = x.ldc;
+  const T *a = x.a + (Across ? row : row * lda), *b = x.b;
+  T* c = x.c + row * ldc;
+  Vector<T> sum[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j)
+      sum[i][j] = Across    ? Vector<T>{}
+                  : x.add       ? load(c + i * ldc + j * L)
+                  : x.first_row ? load(x.first_row + j * L)
+                                : Vector<T>{};
+  for (int64_t p = 0; p < k; ++p) {
+    Vector<T> line[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) line[j] = load(b + p * ldb + j * L);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const T factor = Across ? a[p * lda + i] : a[i * lda + p];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) sum[i][j] += factor * line[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      const int64_t at = i * ldc + j * L;
+      if (Across) Sums<T>{c, x.lost}.add(at, sum[i][j], Whole{});
+      else store(c + at, sum[i][j]);
+    }
 }
 
 template <class T, int NV, bool Across>
 inline void rows_of(const Product<T>& x, int64_t rows) {
   int64_t row = 0;
-  for (; row + kBlockRows <= rows; row += kBlockRows) block_of<T, kBlockRows, NV, Across>(x, row);
+  for (; row + kBlockRows <= rows; row += kBlockRows) block<T, kBlockRows, NV, Across>(x, row);
   switch (rows - row) {
-    case 1: return block_of<T, 1, NV, Across>(x, row);
-    case 2: return block_of<T, 2, NV, Across>(x, row);
-    case 3: return block_of<T, 3, NV, Across>(x, row);
-    case 4: return block_of<T, 4, NV, Across>(x, row);
-    case 5: return block_of<T, 5, NV, Across>(x, row);
+    case 1: return block<T, 1, NV, Across>(x, row);
+    case 2: return block<T, 2, NV, Across>(x, row);
+    case 3: return block<T, 3, NV, Across>(x, row);
+    case 4: return block<T, 4, NV, Across>(x, row);
+    case 5: return block<T, 5, NV, Across>(x, row);
   }
 }
 
@@ -99,24 +103,27 @@ void multiply(const T* a, int64_t lda, const T* b, int64_t k, int64_t vectors, T
                          c + v * L,
                          ldc,
                          first_row ? first_row + v * L : nullptr,
-                         add || p > 0};
+                         add || p > 0,
+                         0};
       panel_of<T, false>(x, rows, width);
     }
   }
 }
 
+// Rows that are summed up in registers before they meet the sum of all others.
+constexpr int64_t kSummedRows = 128;
+
 // C[n, vectors] += A[m, n]^T B[m, vectors], summed over very many rows m.
 template <class T>
 void multiply_across(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t m, int64_t n,
-                     int64_t vectors, T* c, int64_t ldc) {
+                     int64_t vectors, Sums<T> c, int64_t ldc) {
   constexpr int L = Lanes<T>::count;
-  constexpr int64_t rows = 128;
   for (int64_t v = 0; v < vectors; v += kBlockVectors) {
     const int64_t width = vectors - v < kBlockVectors ? vectors - v : kBlockVectors;
-    for (int64_t p = 0; p < m; p += rows) {
-      const int64_t depth = m - p < rows ? m - p : rows;
-      const Product<T> x{a + p * lda, lda, b + p * ldb + v * L, ldb, depth, c + v * L, ldc,
-                         nullptr,     true};
+    for (int64_t p = 0; p < m; p += kSummedRows) {
+      const int64_t depth = m - p < kSummedRows ? m - p : kSummedRows;
+      const Product<T> x{a + p * lda, lda, b + p * ldb + v * L, ldb, depth, c.at + v * L, ldc,
+                         nullptr,     true, c.lost};
       panel_of<T, true>(x, n, width);
     }
   }

@@ -459,7 +459,9 @@ void per_sample_backward(const Solve& given, const PerSample& kept, const void* 
       Backward(solve, plan, kept, grad, parts + part * bytes, part).run();
     });
   };
-  add_up_gradients(solve, kept.shape, grad, gradients, run);
+  int64_t steps = 0;
+  for (const RowSolve& row : kept.rows) steps += row.h.size();
+  add_up_gradients(solve, kept.shape, grad, gradients, steps * solve.method->stages, run);
 }
 
 }  // namespace fmft::cpu

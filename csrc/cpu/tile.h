@@ -12,7 +12,8 @@ struct Tile {
   int64_t first, rows;
   void* const* kept;
   int64_t kept_offset;
-  T *scratch, *gradients;
+  T* scratch;
+  Sums<T> gradients;
   int64_t base;  // the stage that comes first in the scratch memory
   const double* times = nullptr;  // of every row, in place of a time that all rows share
 
@@ -23,7 +24,7 @@ struct Tile {
         kept(memory.kept),
         kept_offset(memory.kept_offset),
         scratch(static_cast<T*>(memory.scratch)),
-        gradients(static_cast<T*>(memory.gradients)),
+        gradients{static_cast<T*>(memory.gradients), job.lost},
         base(0) {}
 
   T* at(const Buffer& buffer, int64_t ld, int64_t q) const {

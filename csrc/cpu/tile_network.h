@@ -250,9 +250,20 @@ void pull_term(const Tile<T>& tile, const Term& term, const Value& out, const T*
 }
 
 template <class T>
-void add_row(T* to, const T* from, int64_t width, double weight) {
+void add_row(Sums<T> to, const T* from, int64_t width, double weight) {
   const T w = static_cast<T>(weight);
-  for (int64_t j = 0; j < width; ++j) to[j] += w * from[j];
+  each_vector<T>(width, [=](int64_t i, auto part) { to.add(i, w * get(from + i, part), part); });
+}
+
+// The sums of the columns of delta, every row times its own time.
+template <class T>
+void sum_timed(const Tile<T>& tile, const Value& out, const T* delta, T* sums) {
+  each_vector<T>(out.width, [&](int64_t i, auto part) {
+    Vector<T> total{};
+    for (int64_t r = 0; r < tile.rows; ++r)
+      total += static_cast<T>(tile.times[r]) * get(delta + r * out.ld + i, part);
+    put<T>(sums + i, total, part);
+  });
 }
 
 // The gradient of stage q's input into gx, from that of its velocity, which lies in its delta.
@@ -275,14 +286,13 @@ void pull_back(const Tile<T>& tile, int64_t q, double t, T* gx) {
     const bool summed = layer.bias_sum >= 0 || layer.time_sum >= 0 || layer.table_sum >= 0;
     T* sums = summed ? tile.scratch + job.sums : nullptr;
     finish_delta(tile, l, q, delta, sums);
-    if (layer.bias_sum >= 0) add_row(tile.gradients + layer.bias_sum, sums, out.width, 1);
-    if (layer.time_sum >= 0 && !tile.times)
-      add_row(tile.gradients + layer.time_sum, sums, out.width, t);
-    if (layer.time_sum >= 0 && tile.times)
-      for (int64_t r = 0; r < tile.rows; ++r)
-        add_row(tile.gradients + layer.time_sum, delta + r * out.ld, out.width, tile.times[r]);
+    const T* sum = sums;
+    if (layer.bias_sum >= 0) add_row(tile.gradients + layer.bias_sum, sum, out.width, 1);
     if (layer.table_sum >= 0)
-      add_row(tile.gradients + layer.table_sum + q * out.width, sums, out.width, 1);
+      add_row(tile.gradients + (layer.table_sum + q * out.width), sum, out.width, 1);
+    if (layer.time_sum >= 0 && tile.times) sum_timed(tile, out, delta, sums);
+    if (layer.time_sum >= 0)
+      add_row(tile.gradients + layer.time_sum, sum, out.width, tile.times ? 1 : t);
     if (layer.cond >= 0 && job.grad_conds[layer.cond]) {
       T* to = static_cast<T*>(job.grad_conds[layer.cond]) + tile.first * out.width;
       for (int64_t r = 0; r < tile.rows; ++r)
@@ -302,6 +312,20 @@ void pull_back(const Tile<T>& tile, int64_t q, double t, T* gx) {
   if (!written[0]) memset(gx, 0, tile.rows * tile.state().ld * sizeof(T));
 }
 
+// C[n, k] += A[m, n]^T B[m, k] of few columns, all dense.
+template <class T>
+void multiply_narrow(const T* a, int64_t n, const T* b, int64_t k, int64_t m, Sums<T> c) {
+  for (int64_t p = 0; p < m; p += kSummedRows) {
+    const int64_t end = m - p < kSummedRows ? m : p + kSummedRows;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < k; ++j) {
+        T total = 0;
+        for (int64_t r = p; r < end; ++r) total += a[r * n + i] * b[r * k + j];
+        c.add(i * k + j, broadcast(total), Rest{1});
+      }
+  }
+}
+
 // The gradients of the matrices from `count` stages that lie next to each other.
 template <class T>
 void weight_gradients(const Tile<T>& tile, int64_t q, int64_t count) {
@@ -314,7 +338,7 @@ void weight_gradients(const Tile<T>& tile, int64_t q, int64_t count) {
       const Term& term = layer.terms[i];
       if (term.gradient < 0) continue;
       const Value& in = job.values[term.source];
-      T* to = tile.gradients + term.gradient;
+      const Sums<T> to = tile.gradients + term.gradient;
       const T *delta = tile.delta(l + 1, q), *x = tile.value(term.source, q);
       constexpr int L = Lanes<T>::count;
       if (!in.narrow) {
@@ -322,10 +346,7 @@ void weight_gradients(const Tile<T>& tile, int64_t q, int64_t count) {
       } else if (!out.narrow) {
         multiply_across(x, in.ld, delta, out.ld, m, in.width, out.vectors, to, out.vectors * L);
       } else {
-        for (int64_t r = 0; r < m; ++r)
-          for (int64_t n = 0; n < out.width; ++n)
-            for (int64_t j = 0; j < in.width; ++j)
-              to[n * in.width + j] += delta[r * out.ld + n] * x[r * in.ld + j];
+        multiply_narrow(delta, out.width, x, in.width, m, to);
       }
     }
   }

@@ -85,6 +85,7 @@ struct Job {
   bool again = false;  // the backward pass computes the values from the stage inputs
   bool direct = false;  // values are computed from the weights where they lie, without packing
   int64_t window = 1;  // steps between two products for the gradients of the matrices
+  int64_t lost = 0;  // where what the gradients' sums lose lies behind them; 0: nowhere
 
   void* packs = nullptr;
   // In the scratch memory.

@@ -48,9 +48,9 @@ void choose_tiles(const Solve& solve, int64_t evaluations, Kept& kept);
 Plan make_plan(const Solve& solve, const Kept& kept, const Gradients* gradients);
 
 // Runs run(plan, parts, bytes) on zeroed gradients of every part, of so many bytes each, and adds
-// them up.
+// them up. Every one is the sum of at most so many summands.
 void add_up_gradients(const Solve& solve, const Kept& kept, const void* grad,
-                      const Gradients& gradients,
+                      const Gradients& gradients, int64_t summands,
                       const std::function<void(const Plan&, char*, int64_t)>& run);
 
 // Runs run(memory, tile, part) for all tiles, tiles that lie next to each other on one thread.

@@ -109,6 +109,26 @@ inline void each_vector(int64_t size, Run run) {
   if (i < size) run(i, Rest{static_cast<int>(size - i)});
 }
 
+// The sums of many numbers. What they lose by rounding lies `lost` numbers behind them and is added
+// later, so that the error does not grow with the number of summands; 0: they are few.
+template <class T>
+struct Sums {
+  T* at;
+  int64_t lost;
+
+  Sums operator+(int64_t i) const { return {at + i, lost}; }
+
+  template <class Part>
+  void add(int64_t i, Vector<T> x, Part part) const {
+    const Vector<T> before = get(at + i, part);
+    if (!lost) return put<T>(at + i, before + x, part);
+    x += get(at + lost + i, part);
+    const Vector<T> after = before + x;
+    put<T>(at + i, after, part);
+    put<T>(at + lost + i, x - (after - before), part);
+  }
+};
+
 template <class T>
 inline Vector<T> broadcast(T x) {
   return x - Vector<T>{};  // not a sum: x - 0 is x for every x, so that it costs nothing
