@@ -37,9 +37,17 @@ FMFT_DEVICE float tanh_of(float x) {
   return size < 0.6f ? fmaf(near * square, x, x) : copysignf(far, x);
 }
 
+// exp(x) - 1 where x is negative, likewise.
 template <bool Fast>
 FMFT_DEVICE float minus_one_exp(float x) {
-  return Fast ? fast_exp(x) - 1.0f : expm1f(x);
+  const float far = fast_exp(x) - 1.0f;
+  if constexpr (Fast) return far;
+  float near = 0.00103564514f;
+  near = fmaf(near, x, 0.00807314087f);
+  near = fmaf(near, x, 0.0415768884f);
+  near = fmaf(near, x, 0.166652918f);
+  near = fmaf(near, x, 0.499999315f);
+  return x > -0.7f ? fmaf(near * x, x, x) : far;
 }
 
 // Returns the value at z and, in `slope`, the derivative; `p` is the layer's own number.
@@ -101,9 +109,13 @@ FMFT_DEVICE float activation(float z, float p, float& slope) {
   }
 }
 
-// Calls f with the activation as a type, so that the choice is made once per tile.
+// Calls f with the activation as a type, so that the choice is made once per tile. A table of jumps takes
+// long, hence some are asked for before.
 template <class F>
 FMFT_DEVICE void with_activation(int code, F&& f) {
+  if (code == static_cast<int>(Activation::selu)) return f(Constant<Activation::selu>{});
+  if (code == static_cast<int>(Activation::silu)) return f(Constant<Activation::silu>{});
+  if (code == static_cast<int>(Activation::tanh)) return f(Constant<Activation::tanh>{});
 #define FMFT_CASE(name)               \
   case static_cast<int>(Activation::name): \
     return f(Constant<Activation::name>{})
@@ -111,11 +123,8 @@ FMFT_DEVICE void with_activation(int code, F&& f) {
     FMFT_CASE(relu);
     FMFT_CASE(leaky_relu);
     FMFT_CASE(elu);
-    FMFT_CASE(selu);
-    FMFT_CASE(silu);
     FMFT_CASE(gelu);
     FMFT_CASE(gelu_tanh);
-    FMFT_CASE(tanh);
     FMFT_CASE(sigmoid);
     FMFT_CASE(softplus);
     FMFT_CASE(softsign);

@@ -65,9 +65,17 @@ FMFT_DEVICE void copy_later(float* into, const float* from) {
 }
 FMFT_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// 1 / x to 1 ulp; exp to 2 + |x| ulp; tanh to 2^-11 of its value.
-FMFT_DEVICE float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
-FMFT_DEVICE float fast_exp(float x) { return __expf(x); }
+// 1 / x to 1 ulp; exp to 2 + |x| ulp; tanh to 2^-11 of its value. Numbers below 2^-126 count as zero.
+FMFT_DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FMFT_DEVICE float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.44269504088896341f * x));
+  return y;
+}
 FMFT_DEVICE float fast_tanh(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

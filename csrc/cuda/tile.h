@@ -28,24 +28,6 @@ FMFT_DEVICE int lane() { return threadIdx.x % 32; }
 FMFT_DEVICE int warp() { return threadIdx.x / 32; }
 FMFT_DEVICE int warps() { return blockDim.x / 32; }
 
-// The tile that a warp begins with when tile 0 goes to warp `first`.
-FMFT_DEVICE int first_item(int first) {
-  const int distance = warp() - first;
-  return distance < 0 ? distance + warps() : distance;
-}
-
-template <int T>
-FMFT_DEVICE void store_pair(const Staged& into, int row, int column, float low, float high) {
-  uint16_t* at = into.at + row * into.stride + column;
-#pragma unroll
-  for (int t = 0; t < T; ++t) {
-    const uint32_t pair = pack_bf16(low, high);
-    *reinterpret_cast<uint32_t*>(at + t * into.term) = pair;
-    low -= low_bf16(pair);
-    high -= high_bf16(pair);
-  }
-}
-
 template <int T>
 FMFT_DEVICE void store_one(const Staged& into, int row, int column, float value) {
   uint16_t* at = into.at + row * into.stride + column;
@@ -58,7 +40,7 @@ FMFT_DEVICE void store_one(const Staged& into, int row, int column, float value)
 }
 
 // The numbers of one lane in M x 2 tiles of [16 x 8].
-template <int M>
+template <int M = 1>
 struct Tile {
   float at[M][2][4];
 };
@@ -71,83 +53,120 @@ FMFT_DEVICE void fill(Tile<M>& tile, float value) {
     for (int i = 0; i < 8; ++i) tile.at[m][i / 4][i % 4] = value;
 }
 
-// Row and first column of the pair tile.at[m][n][2 i ..] in a tile of columns 16 `column_tile`.
-FMFT_DEVICE int row_of(int m, int i) { return 16 * m + 8 * i + lane() / 4; }
+// Row and first column of the pair tile.at[0][n][2 i ..] in the 16 rows `row_tile` and the 16 columns
+// `column_tile`.
+FMFT_DEVICE int row_of(int row_tile, int i) { return 16 * row_tile + 8 * i + lane() / 4; }
 FMFT_DEVICE int column_of(int column_tile, int n) {
   return 16 * column_tile + 8 * n + 2 * (lane() % 4);
 }
 
-// Calls f(m, n, i, row, column) for all pairs of neighbours that the lane holds.
-template <int M, class F>
-FMFT_DEVICE void for_pairs(int column_tile, F&& f) {
+// Calls f(n, i, row, column) for all pairs of neighbours that the lane holds.
+template <class F>
+FMFT_DEVICE void for_pairs(int row_tile, int column_tile, F&& f) {
 #pragma unroll
-  for (int m = 0; m < M; ++m)
+  for (int n = 0; n < 2; ++n)
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 2; ++i) f(n, i, row_of(row_tile, i), column_of(column_tile, n));
+}
+
+// Where a lane has its first pair of a tile.
+FMFT_DEVICE uint16_t* first_pair(const Staged& of, int row_tile, int column_tile) {
+  return of.at + row_of(row_tile, 0) * of.stride + column_of(column_tile, 0);
+}
+
+template <int T>
+FMFT_DEVICE void store_tile(const Staged& into, uint16_t* first, const Tile<>& tile) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) f(m, n, i, row_of(m, i), column_of(column_tile, n));
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float low = tile.at[0][n][2 * i], high = tile.at[0][n][2 * i + 1];
+#pragma unroll
+      for (int t = 0; t < T; ++t) {
+        const uint32_t pair = pack_bf16(low, high);
+        *reinterpret_cast<uint32_t*>(first + 8 * i * into.stride + 8 * n + t * into.term) = pair;
+        low -= low_bf16(pair);
+        high -= high_bf16(pair);
+      }
+    }
 }
 
 // Tiles in the order of the lanes: 16 bytes of every lane follow each other, and only the warp that
 // wrote a tile reads it.
-template <int M>
 FMFT_DEVICE float4* lane_order(int place, int tile) {
-  return reinterpret_cast<float4*>(dynamic_shared() + place) + (tile * M * 2 * 32 + lane());
+  return reinterpret_cast<float4*>(dynamic_shared() + place) + (tile * 2 * 32 + lane());
 }
 
-template <int M>
-FMFT_DEVICE void save(float4* into, const Tile<M>& tile) {
-#pragma unroll
-  for (int j = 0; j < 2 * M; ++j) {
-    const float(&v)[4] = tile.at[j / 2][j % 2];
-    into[32 * j] = make_float4(v[0], v[1], v[2], v[3]);
-  }
+FMFT_DEVICE void save(float4* into, const float (&v)[2][4]) {
+  into[0] = make_float4(v[0][0], v[0][1], v[0][2], v[0][3]);
+  into[32] = make_float4(v[1][0], v[1][1], v[1][2], v[1][3]);
 }
 
-template <int M, class F>
+// Calls f(n, e, number).
+template <class F>
 FMFT_DEVICE void with_saved(const float4* from, F&& f) {
 #pragma unroll
-  for (int j = 0; j < 2 * M; ++j) {
-    const float4 v = from[32 * j];
-    f(j / 2, j % 2, 0, v.x), f(j / 2, j % 2, 1, v.y);
-    f(j / 2, j % 2, 2, v.z), f(j / 2, j % 2, 3, v.w);
+  for (int n = 0; n < 2; ++n) {
+    const float4 v = from[32 * n];
+    f(n, 0, v.x), f(n, 1, v.y), f(n, 2, v.z), f(n, 3, v.w);
   }
 }
 
-template <int M>
-FMFT_DEVICE void add_saved(Tile<M>& tile, const float4* from) {
-  with_saved<M>(from, [&](int m, int n, int e, float v) { tile.at[m][n][e] += v; });
+FMFT_DEVICE void add_saved(Tile<>& tile, const float4* from) {
+  with_saved(from, [&](int n, int e, float v) { tile.at[0][n][e] += v; });
 }
 
-// c += a b over the tiles first, first + step, ... < count of the inner dimension. a is stored as
-// [rows][inner], or [inner][rows] if TurnA; b as [columns][inner], or [inner][columns] if TurnB; both
-// begin at their corner. Products of the relative order 2^(-8 T) are left out: they are no larger than
-// what the terms leave out. The smallest products are added up on their own: this is more accurate, and an
-// instruction waits for fewer others.
-template <int T, int M, bool TurnA, bool TurnB>
-FMFT_DEVICE void multiply(Tile<M>& c, const Staged& a, const Staged& b, int first, int count,
-                          int step = 1) {
-  const int l = lane(), low = l % 8;
-  const int rows_first = low + l % 16 / 8 * 8, rows_last = low + l / 16 * 8;
-  const int column_last = l / 16 * 8, column_first = l % 16 / 8 * 8;
-  const uint16_t* from_a =
-      a.at + (TurnA ? rows_last * a.stride + column_first : rows_first * a.stride + column_last);
-  const uint16_t* from_b =
-      b.at + (TurnB ? rows_first * b.stride + column_last : rows_last * b.stride + column_first);
-  const int a_m = TurnA ? 16 : 16 * a.stride;
-  const int a_k = TurnA ? 16 * a.stride : 16, b_k = TurnB ? 16 * b.stride : 16;
-  Tile<M> small;
-  fill(small, 0.0f);
-#pragma unroll 2
-  for (int k = first; k < count; k += step) {
-    uint32_t x[M][T][4], w[T][4];
+// A factor of a product as the lanes read it, tile by tile of the inner dimension.
+struct Factor {
+  const uint16_t* at;
+  int next;   // distance of the tiles
+  int other;  // of those of the other dimension
+  int term;
+};
+
+// The factor a of `multiply` from its corner: stored as [rows][inner], or [inner][rows] if Turned.
+template <bool Turned>
+FMFT_DEVICE Factor left(const Staged& a) {
+  const int low = lane() % 8, one = lane() % 16 / 8 * 8, two = lane() / 16 * 8;
+  if (Turned) return {a.at + ((low + two) * a.stride + one), 16 * a.stride, 16, a.term};
+  return {a.at + ((low + one) * a.stride + two), 16, 16 * a.stride, a.term};
+}
+
+// The factor b: stored as [columns][inner], or [inner][columns] if Turned.
+template <bool Turned>
+FMFT_DEVICE Factor right(const Staged& b) {
+  const int low = lane() % 8, one = lane() % 16 / 8 * 8, two = lane() / 16 * 8;
+  if (Turned) return {b.at + ((low + one) * b.stride + two), 16 * b.stride, 16, b.term};
+  return {b.at + ((low + two) * b.stride + one), 16, 16 * b.stride, b.term};
+}
+
+template <int M>
+FMFT_DEVICE void add(Tile<M>& sum, const Tile<M>& tile) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum.at[m][i / 4][i % 4] += tile.at[m][i / 4][i % 4];
+}
+
+// c += a b over K tiles of the inner dimension. All is loaded before the first product. The smallest
+// products are added up on their own: this is more accurate, and an instruction waits for fewer others.
+template <int T, int M, bool TurnA, bool TurnB, int K>
+FMFT_DEVICE void multiply_tiles(Tile<M>& c, Tile<M>& small, Factor& a, Factor& b) {
+  uint32_t x[K][M][T][4], w[K][T][4];
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
 #pragma unroll
     for (int t = 0; t < T; ++t) {
-      load_matrices<TurnB>(w[t], from_b + k * b_k + t * b.term);
+      load_matrices<TurnB>(w[k][t], b.at + t * b.term);
 #pragma unroll
       for (int m = 0; m < M; ++m)
-        load_matrices<TurnA>(x[m][t], from_a + k * a_k + m * a_m + t * a.term);
+        load_matrices<TurnA>(x[k][m][t], a.at + (m * a.other + t * a.term));
     }
+    a.at += a.next;
+    b.at += b.next;
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k)
 #pragma unroll
     for (int order = T - 1; order >= 0; --order)
 #pragma unroll
@@ -156,16 +175,27 @@ FMFT_DEVICE void multiply(Tile<M>& c, const Staged& a, const Staged& b, int firs
         for (int m = 0; m < M; ++m)
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            Tile<M>& into = T > 1 && order == T - 1 ? small : c;
-            mma(into.at[m][n], x[m][t], w[order - t][2 * n], w[order - t][2 * n + 1]);
+            Tile<M>& into = (T > 1 ? order == T - 1 : M == 1 && k % 2 == 1) ? small : c;
+            mma(into.at[m][n], x[k][m][t], w[k][order - t][2 * n], w[k][order - t][2 * n + 1]);
           }
+}
+
+// c += a b over `count` tiles of the inner dimension. Products of the relative order 2^(-8 T) are left out:
+// they are no larger than what the terms leave out.
+template <int T, int M, bool TurnA, bool TurnB>
+FMFT_DEVICE void multiply(Tile<M>& c, Factor a, Factor b, int count) {
+  constexpr int kMost = T == 1 && M == 1 ? 4 : 2;  // as registers allow
+  Tile<M> small;
+  fill(small, 0.0f);
+#pragma unroll 1
+  for (; count > kMost; count -= kMost) multiply_tiles<T, M, TurnA, TurnB, kMost>(c, small, a, b);
+  if (count == kMost) {
+    multiply_tiles<T, M, TurnA, TurnB, kMost>(c, small, a, b);
+  } else {
+    if (kMost > 2 && count & 2) multiply_tiles<T, M, TurnA, TurnB, 2>(c, small, a, b);
+    if (count & 1) multiply_tiles<T, M, TurnA, TurnB, 1>(c, small, a, b);
   }
-  if constexpr (T > 1) {
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) c.at[m][i / 4][i % 4] += small.at[m][i / 4][i % 4];
-  }
+  if (T > 1 || M == 1) add(c, small);
 }
 
 }  // namespace fmft::cuda

@@ -1,9 +1,9 @@
 // A whole solve of a field made of affine layers, and its exact discrete adjoint, in one launch each.
 //
-// A block of warps owns 16 or 32 samples for all steps. Everything lives in shared memory: the weights
-// as 1 to 3 bf16 terms, the values of the layers (staged in the same form, where the tensor cores read
-// them), the state and the stages in float32. Where each of these lies, and between which layers the
-// block must wait, is planned in fmft_fast/ops/trajectory_cuda.py; a `Field` is that plan.
+// A block of warps owns 16 or 32 samples for all steps, a team of them each 16. Everything lives in
+// shared memory: the weights as 1 to 3 bf16 terms, the values of the layers (staged in the same form,
+// where the tensor cores read them), the state and the stages in float32. Where each of these lies, and between which layers the
+// block must wait, is planned in fmft_fast/ops/cuda_plan.py; a `Field` is that plan.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -31,7 +31,7 @@ struct FieldTerm {
   int first_warp;  // where the tiles of the gradient begin, so that all warps have work
 };
 
-// Tiles are 16 columns wide; one warp computes a tile for all rows of the block.
+// Tiles are 16 columns wide; one warp computes a tile for 16 rows.
 struct FieldLayer {
   int width;
   int tiles;
@@ -52,7 +52,7 @@ struct FieldLayer {
   int gradient;      // of the output, likewise, if later layers add this one; else -1
   int cond_at;       // the rows of `cond`, likewise
   int cond_sums;     // their gradient, likewise
-  int vector_sums;   // gradients of the bias and of the column of the time
+  int vector_sums;   // a team's gradients of the bias and of the column of the time, and those of a stage
   int kept;          // number among Solve::values and Solve::deltas, -1 where nothing is kept
 };
 
@@ -69,10 +69,10 @@ struct Field {
   int state_value;  // the input of a stage, in bf16 terms
   int stages_at;    // float32 [1 + stages][state][rows]: the state and the stages, or their gradients
   int splits;       // parts of an inner dimension whose products with few columns the warps share
-  int partial;      // float32 [splits][rows][16 state_tiles + 2]
+  int partial;      // float32 [splits][16 state_tiles][rows + 4]
   int slopes_at;    // float32 [state][rows]: the gradient of a stage (backward only)
   int inputs_at;    // float32 [state][rows]: the input of the next stage (backward only)
-  int wait_last;    // as FieldLayer::wait, of the last layer
+  int records_at;   // what steps read of the layers, see trajectory_block.h
   int deferred;     // whether the gradients of the weights are left to the caller
   int row_times_at;  // float32 [rows]: the times of the rows, where they differ
   FieldLayer layer[kMaxLayers];

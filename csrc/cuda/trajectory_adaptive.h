@@ -36,8 +36,8 @@ struct Stepper : Block<T, M, ByRow> {
   // Calls f() for the blocks of samples that are this block's work.
   template <class F>
   FMFT_DEVICE void each_tile(F&& f) {
-    for (row0 = static_cast<int64_t>(blockIdx.x) * kRows; row0 < solve.batch;
-         row0 += static_cast<int64_t>(gridDim.x) * kRows) {
+    for (this->begin_rows(static_cast<int64_t>(blockIdx.x) * kRows); this->rows > 0;
+         this->begin_rows(row0 + static_cast<int64_t>(gridDim.x) * kRows)) {
       if (loaded != row0) this->load_conds();
       loaded = row0;
       f();
@@ -51,7 +51,8 @@ struct Stepper : Block<T, M, ByRow> {
     for_state([&](int e, int row, int d) { store_one<T>(x, row, d, input(e, row, d)); });
     if (ByRow && threadIdx.x < kRows) this->row_times()[threadIdx.x] = t;
     __syncthreads();
-    this->velocity(t, 0, k(stage));
+    float* const into = k(stage);
+    this->velocity(t, 0, [&](int e, int, int, float slope) { into[e] = slope; });
   }
 
   FMFT_DEVICE void load_state(int which) const {

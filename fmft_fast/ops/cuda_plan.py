@@ -12,6 +12,8 @@ from typing import Any
 from fmft_fast.ops.network import ACTIVATIONS, Layer, Network, Term
 
 MAX_WARPS = 8
+# Bytes of the records of trajectory_block.h: Ahead and Back of a layer, Outer of a term.
+OF_LAYER, OF_TERM = 64 + 64, 48
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def lay_out(
     """
     layers, last = with_identities(network), len(network.layers) - 1
     rows, tiles = 16 * row_tiles, [tiles_of(network.width(v)) for v in range(len(layers) + 1)]
-    warps = min(MAX_WARPS, max(tiles))
+    team = min(MAX_WARPS // row_tiles, max(tiles))
+    warps = team * row_tiles
     terms = [(i, term) for i, layer in enumerate(layers) for term in layer.terms]
     readers = [[j for j, (_, x) in enumerate(terms) if x.source == v] for v in range(last + 1)]
     skippers = [[i for i, x in enumerate(layers) if v in x.skips] for v in range(last + 1)]
@@ -67,6 +70,7 @@ def lay_out(
         fixed.take(64 * tiles[i + 1] * (1 + (x.time is not None) + 2 * (x.table is not None)))
         for i, x in enumerate(layers)
     ]
+    records_at = fixed.take(OF_LAYER * len(layers) + OF_TERM * len(terms))
     stages_at = fixed.take(4 * (1 + stages) * rows * network.state)
     slopes_at = fixed.take(4 * rows * network.state * backward)
     inputs_at = fixed.take(4 * rows * network.state * backward)
@@ -83,7 +87,7 @@ def lay_out(
         for i, term in terms
     ]
     vector_sums = [
-        fixed.take(64 * tiles[i + 1] * (1 + (x.time is not None)) * backward)
+        fixed.take(64 * tiles[i + 1] * (2 + (x.time is not None)) * row_tiles * backward)
         if x.bias is not None or x.time is not None or x.table is not None
         else -1
         for i, x in enumerate(layers)
@@ -97,14 +101,14 @@ def lay_out(
         lives |= {
             ("gradient", i): (lanes[i + 1], *order.delta(i)) for i in range(last) if layers[i].skips
         }
-    splits = max(1, warps // tiles[0])
-    lives["partial", 0] = (4 * splits * rows * (16 * tiles[0] + 2), order.end, order.end + 1)
+    splits = max(1, team // tiles[0])
+    lives["partial", 0] = (64 * splits * tiles[0] * (rows + 4), order.end, order.end + 1)
     places, total = _place(lives, zero_end)
 
     def place(name: str, i: int) -> int:
         return places.get((name, i), -1)
 
-    starts = _starts([tiles[i + 1] for i in range(last + 1)], warps)
+    starts = _starts([tiles[i + 1] for i in range(last + 1)], team)
     sum_starts = _starts([tiles[i + 1] * -(-tiles[x.source] // 2) for i, x in terms], warps)
     consumers, skipper_list, skip_list = _Chained(readers), _Chained(skippers), _Chained([])
     described = []
@@ -144,7 +148,7 @@ def lay_out(
         )
     head = [split, row_tiles, warps, total, network.state, tiles[0], len(layers), len(terms)]
     head += [*consumers.at[0], *skipper_list.at[0], zero_begin, zero_end, state_value, stages_at]
-    head += [splits, place("partial", 0), slopes_at, inputs_at, order.waits[last], deferred]
+    head += [splits, place("partial", 0), slopes_at, inputs_at, records_at, deferred]
     head += [row_times_at]
     field = make_field(
         [int(x) for x in head],
@@ -192,7 +196,7 @@ class _Order:
             readers = [
                 i for i, x in enumerate(layers) if v in (*(t.source for t in x.terms), *x.skips)
             ]
-            if v in (0, last) or any(self.made["delta", i] == now for i in readers):
+            if v == 0 or any(self.made["delta", i] == now for i in readers):
                 now += 1
                 self.waits_backward[v - 1] = int(v > 0)
                 for i in range(v, done) if weights else ():
