@@ -128,7 +128,15 @@ class Run:
     def finite(self) -> bool: ...
 
 class Repeated:
-    def __init__(self, like: Solve, sizes: Sequence[int], /) -> None: ...
+    def __init__(
+        self,
+        like: Solve,
+        sizes: Sequence[int],
+        links: Chain | None,
+        link_leading: Sequence[int],
+        wanted: Sequence[int],
+        /,
+    ) -> None: ...
     def forward(self, keep: int, threads: int, out: int, tensors: Sequence[int], /) -> Run: ...
     def backward(self, run: Run, grad: int, gradients: Sequence[int], /) -> None: ...
 

@@ -20,8 +20,10 @@ inline bool all_finite(Address x, int64_t size, int type) {
   return are_finite<uint32_t>(pointer<const uint32_t>(x), size, 0xffu << 23);
 }
 
-// A solve that is asked for again and again, with other tensors of the same shapes: y0 and the
-// parameters, which are contiguous.
+// A solve that is asked for again and again, with other tensors of the same shapes, which are
+// contiguous: y0, the parameters, tables and conditions. With links these are computed here, from
+// the condition of the user's and the parameters of the links, which come in their place; nothing
+// is kept then.
 class Repeated {
  public:
   struct Run {
@@ -30,19 +32,26 @@ class Repeated {
     bool finite;  // whether the last output is
   };
 
-  Repeated(const cpu::Solve& like, std::vector<int64_t> sizes)
-      : like_(like), sizes_(std::move(sizes)) {}
+  Repeated(const cpu::Solve& like, std::vector<int64_t> sizes, const Links* links,
+           std::vector<int64_t> link_leading, std::vector<int> wanted)
+      : like_(like), sizes_(std::move(sizes)), link_leading_(std::move(link_leading)),
+        wanted_(std::move(wanted)) {
+    if (links) links_ = *links;
+  }
 
-  // The tensors are y0 and the parameters.
   Run forward(int keep, int threads, Address out, const Addresses& tensors) const {
-    if (tensors.size() != like_.parameters.size() + 1)
-      throw std::invalid_argument("expected y0 and " + std::to_string(like_.parameters.size()) +
-                                  " parameters, got " + std::to_string(tensors.size()));
+    check(tensors);
     Run run{like_, {}, true};
     run.solve.threads = threads;
     run.solve.y0 = pointer<const void>(tensors[0]);
-    for (size_t i = 1; i < tensors.size(); ++i)
-      run.solve.parameters[i - 1] = pointer<const void>(tensors[i]);
+    auto next = tensors.begin() + 1;
+    for (auto* into : {&run.solve.parameters, &run.solve.tables})
+      for (const void*& x : *into) x = pointer<const void>(*next++);
+    cpu::Memory computed;
+    if (!links_.links.empty())
+      computed = compute_conditions({next, tensors.end()}, run.solve);
+    else
+      for (const void*& x : run.solve.conds) x = pointer<const void>(*next++);
     run.kept = cpu::trajectory_forward(run.solve, static_cast<cpu::Keep>(keep), pointer(out));
     const int64_t size = like_.batch * like_.field->state;
     const int64_t bytes = size * (like_.type == Type::f64 ? 8 : 4);
@@ -53,22 +62,49 @@ class Repeated {
 
   // Where the gradients of the tensors go, 0 where they are not wanted.
   void backward(const Run& run, Address grad, const Addresses& gradients) const {
-    const Addresses parameters(gradients.begin() + 1, gradients.end());
+    check(gradients);
+    const auto parameters = gradients.begin() + 1, tables = parameters + like_.parameters.size(),
+               conds = tables + like_.tables.size();
     cpu::trajectory_backward(run.solve, run.kept, pointer<const void>(grad),
-                             make_gradients(gradients.at(0), parameters, sizes_,
-                                            run.solve.leading, {}, {}));
+                             make_gradients(gradients[0], {parameters, tables}, sizes_,
+                                            run.solve.leading, {tables, conds},
+                                            {conds, gradients.end()}));
   }
 
  private:
+  void check(const Addresses& tensors) const {
+    const size_t own = like_.parameters.size(), tables = like_.tables.size();
+    const size_t of_cond = links_.links.empty() ? like_.conds.size() : 1 + link_leading_.size();
+    const size_t expected = 1 + own + tables + of_cond;
+    if (tensors.size() != expected)
+      throw std::invalid_argument("expected " + std::to_string(expected) + " tensors, got " +
+                                  std::to_string(tensors.size()));
+  }
+
+  // The memory of the conditions, to which the solve then points.
+  cpu::Memory compute_conditions(const Addresses& given, cpu::Solve& solve) const {
+    std::vector<void*> values(links_.links.size() + 1, nullptr);
+    values[0] = pointer(given[0]);
+    cpu::Memory memory = run_links(links_.links, like_.type, like_.batch,
+                                   {given.begin() + 1, given.end()}, link_leading_, values);
+    for (size_t i = 0; i < wanted_.size(); ++i) solve.conds.at(i) = values.at(wanted_[i]);
+    return memory;
+  }
+
   cpu::Solve like_;
   std::vector<int64_t> sizes_;
+  Links links_;
+  std::vector<int64_t> link_leading_;
+  std::vector<int> wanted_;
 };
 
 inline void bind_repeated(py::module_& module) {
   using Free = py::call_guard<py::gil_scoped_release>;
   py::class_<Repeated::Run>(module, "Run").def_readonly("finite", &Repeated::Run::finite);
   py::class_<Repeated>(module, "Repeated")
-      .def(py::init<const cpu::Solve&, std::vector<int64_t>>(), py::keep_alive<1, 2>())
+      .def(py::init<const cpu::Solve&, std::vector<int64_t>, const Links*, std::vector<int64_t>,
+                    std::vector<int>>(),
+           py::keep_alive<1, 2>())
       .def("forward", &Repeated::forward, Free())
       .def("backward", &Repeated::backward, Free());
   module.def("all_finite", &all_finite, Free());

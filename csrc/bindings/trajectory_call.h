@@ -198,30 +198,36 @@ inline Links make_links(const std::vector<LinkTuple>& given) {
   return made;
 }
 
-// `values` are the addresses of the input and of every link's value, 0 where nobody wants it.
-inline void run_chain(const Links& made, int type, int64_t rows,
-                      const Addresses& parameters, const std::vector<int64_t>& leading,
-                      const Addresses& values) {
-  const std::vector<Link>& links = made.links;
+// `values` are the addresses of the input and of every link's value; where there is none, the value
+// lies in the memory that is given back.
+inline cpu::Memory run_links(const std::vector<Link>& links, Type type, int64_t rows,
+                             const Addresses& parameters, const std::vector<int64_t>& leading,
+                             std::vector<void*>& values) {
   const auto tensors = pointers<const void>(parameters);
-  auto room = pointers<void>(values);
+  const int64_t row = rows * (type == Type::f64 ? 8 : 4);
+  int64_t bytes = 0;
+  for (const Link& link : links) bytes += link.outputs * row;
+  cpu::Memory memory(bytes);
+  char* next = static_cast<char*>(memory.data());
+  for (size_t l = 0; l < links.size(); next += links[l++].outputs * row)
+    if (!values.at(l + 1)) values[l + 1] = next;
   Chain chain;
-  chain.type = number_type(type);
+  chain.type = type;
   chain.rows = rows;
   chain.links = links.data();
   chain.count = static_cast<int>(links.size());
   chain.parameters = tensors.data();
   chain.leading = leading.data();
-  py::gil_scoped_release release;
-  const int64_t row = rows * (chain.type == Type::f64 ? 8 : 4);
-  int64_t bytes = 0;
-  for (const Link& link : links) bytes += link.outputs * row;
-  const cpu::Memory memory(bytes);
-  char* next = static_cast<char*>(memory.data());
-  for (size_t l = 0; l < links.size(); next += links[l++].outputs * row)
-    if (!room.at(l + 1)) room[l + 1] = next;
-  chain.values = room.data();
+  chain.values = values.data();
   cpu::kernels_in_use().chain(chain);
+  return memory;
+}
+
+inline void run_chain(const Links& made, int type, int64_t rows, const Addresses& parameters,
+                      const std::vector<int64_t>& leading, const Addresses& values) {
+  auto room = pointers<void>(values);
+  py::gil_scoped_release release;
+  run_links(made.links, number_type(type), rows, parameters, leading, room);
 }
 
 inline void bind_trajectories(py::module_& module) {

@@ -88,14 +88,14 @@ def integrate(
     if cond is not None and cond.shape[0] != n:
         raise InputError(f"expected {n} conditions, one per row, got {len(cond)}")
 
-    equal_steps = 0
-    if type(steps) is int and steps > 0 and type(t0) is type(t1) is float and rtol is atol is None:
-        equal_steps = 0 if torch.compiler.is_compiling() else steps
+    fixed = type(steps) is int and steps > 0 and type(t0) is type(t1) is float
+    in_one_call = fixed and rtol is atol is None and not torch.compiler.is_compiling()
 
     def end(x: Tensor, cond: Tensor | None) -> Tensor:
         single_steps = nullcontext()
-        if equal_steps:
-            found = final_state(field, x, (t0, t1), equal_steps, method, backend, cond)
+        if in_one_call:
+            assert isinstance(steps, int)
+            found = final_state(field, x, (t0, t1), steps, method, backend, cond)
             if found is not None:
                 return found
             single_steps = fused("off")

@@ -111,9 +111,14 @@ def _training(parts: Sequence[Any]) -> list[Any]:
     return [getattr(part, "training", None) for part in parts if isinstance(part, nn.Module)]
 
 
-def undisturbed(y0: Tensor) -> bool:
-    """Whether nothing is at work around the call, and y0 is a plain state."""
-    return not torch._C._len_torch_function_stack() and _surroundings(y0, None) is None
+def undisturbed() -> bool:
+    """Whether nothing is at work around the call."""
+    return not (
+        is_traced()
+        or torch._C._len_torch_function_stack()
+        or torch.is_autocast_enabled("cpu")
+        or hooks_on_all_modules()
+    )
 
 
 def noted(field: Callable) -> list[_Entry]:

@@ -59,6 +59,11 @@ class Recipe:
                 values[place] = func(*pick(values))
         return [values[place] for place in self._wanted]
 
+    @property
+    def computes(self) -> bool:
+        """Whether anything is called."""
+        return bool(self._calls)
+
     def tensors(self) -> list[Tensor]:
         """The tensors from outside that are read."""
         return [value for value in self._start if isinstance(value, Tensor)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.chain import Chain
 from ..ops.layout import is_plain
 from ..ops.network import Inputs, Network, evaluate
 from .assembly import Found
@@ -34,6 +35,20 @@ BATCH_MATTERS = (
     None,
     "do not branch on the number of samples",
 )
+
+
+class Parts(NamedTuple):
+    """The tensors of a solve, where nothing else is to be computed.
+
+    Attributes:
+        tables: gives the tables at times that nobody changes.
+        parameters: of the field.
+        chain: what computes the conditions; None if there are none.
+    """
+
+    tables: Callable[[Tensor], list[Tensor]]
+    parameters: list[Tensor]
+    chain: Chain | None
 
 
 class Plan:
@@ -99,6 +114,31 @@ class Plan:
             [_plain(x).contiguous() for x in values[first:second]],
             [_plain(x).contiguous() for x in values[second:]],
         )
+
+    def parts(self, cond: Tensor | None, batch: int) -> Parts | None:
+        """How `bind` comes by its tensors without a graph, if it takes them as they are.
+
+        Args:
+            cond: a condition like those that will come.
+            batch: rows of the states.
+        """
+        if self._rest.computes or None in self.tensors:
+            return None
+        if not self._conds.nodes:
+            return Parts(self._kept_tables, self.tensors, None)
+        chain = self._conds.chain
+        if chain is None or cond is None or len(cond) != batch or not chain.takes(cond):
+            return None
+        if self._conds.sizes != [chain.width(i) for i in chain.wanted]:
+            return None
+        numbers = [self._conds.nodes.index(node) for node in self.found.conds]
+        return Parts(self._kept_tables, self.tensors, chain.choose(numbers))
+
+    def _kept_tables(self, times: Tensor) -> list[Tensor]:
+        """The tables that `bind` gives, if nothing is computed from them."""
+        found = self._kept.of(times, partial(self._tables, times))
+        numbers = [self._times.nodes.index(node) for node in self.found.tables]
+        return [_plain(found[i]).contiguous() for i in numbers]
 
     def _tables(self, times: Tensor) -> list[Tensor]:
         """The values that depend on time, for all stages."""

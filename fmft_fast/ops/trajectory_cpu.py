@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fmft_fast import _cpu
+from fmft_fast.ops.chain import Chain
 from fmft_fast.ops.network import ACTIVATIONS, Inputs, Network
 from fmft_fast.ops.trajectory import AdaptiveSolve, Control, Keep, PerSampleSolve, Program, Row
 
@@ -76,9 +77,16 @@ class CpuTrajectoryKernels:
         memory = _cpu.trajectory_forward(solve, KEEP_CODES[keep], out.data_ptr())
         return out, None if keep == "nothing" else Kept(solve, alive, memory)
 
-    def repeated(self, program: Program, inputs: Inputs, keep: Keep, final: bool) -> RepeatedSolve:
+    def repeated(
+        self,
+        program: Program,
+        inputs: Inputs,
+        keep: Keep,
+        final: bool,
+        chain: Chain | None = None,
+    ) -> RepeatedSolve:
         """A solve for tensors that come again and again, alike in all but their numbers."""
-        return RepeatedSolve(program, inputs, keep, final)
+        return RepeatedSolve(program, inputs, keep, final, chain)
 
     def adaptive(
         self,
@@ -198,25 +206,32 @@ class CpuTrajectoryKernels:
 
 
 class RepeatedSolve:
-    """A program on tensors of the same shapes every time: a state and parameters, contiguous.
+    """A program on tensors of the same shapes every time, all of them contiguous.
 
     Args:
-        program: the steps, of a network without tables and conditions.
+        program: the steps.
         inputs: tensors like those that will come.
         keep: see `TrajectoryKernels.forward`.
         final: whether there is one output, wanted as [batch, state].
+        chain: gives the conditions, of a condition and its own tensors, which come in their place.
     """
 
-    def __init__(self, program: Program, inputs: Inputs, keep: Keep, final: bool):
+    def __init__(
+        self, program: Program, inputs: Inputs, keep: Keep, final: bool, chain: Chain | None
+    ):
         y0 = inputs.y0
-        assert y0 is not None and not inputs.tables and not inputs.conds
+        assert y0 is not None
         solve, (_, self._steps) = _solve(program, inputs)
-        self._compiled = _cpu.Repeated(solve, [x.numel() for x in inputs.parameters])
+        links = (None, [], []) if chain is None else (chain.compiled, chain.leading, chain.wanted)
+        self._compiled = _cpu.Repeated(solve, [x.numel() for x in inputs.parameters], *links)
         self._keep, self._dtype = KEEP_CODES[keep], y0.dtype
         self._shape = tuple(y0.shape) if final else (len(program.outputs), *y0.shape)
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, _cpu.Run]:
-        """The outputs [K, batch, state], and what was kept, with whether the last is finite."""
+        """The outputs [K, batch, state], and what was kept, with whether the last is finite.
+
+        tensors: as `flatten` gives them.
+        """
         out = torch.empty(self._shape, dtype=self._dtype)
         addresses = [x.data_ptr() for x in tensors]
         threads = torch.get_num_threads()

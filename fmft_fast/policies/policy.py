@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from fmft_fast.data import Normalizer
 from fmft_fast.errors import CheckpointError, FmftError, InputError
 from fmft_fast.flow import flow_matching_loss, integrate
+from fmft_fast.ops.finite import all_finite
 from fmft_fast.policies.config import NETWORKS, PolicyConfig, make_network
 from fmft_fast.policies.saved import read_policy, write_policy
 from fmft_fast.train import Checkpoint
@@ -253,10 +253,8 @@ def _entry(batch: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, int]) -> None:
-    if not isinstance(value, Tensor) or value.ndim != 3 or tuple(value.shape[1:]) != shape:
+    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1:] != shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{name}: expected a tensor [n, {shape[0]}, {shape[1]}], got {got}")
-    # A NaN would otherwise drive a robot. The sum is cheaper to look at; that of large numbers may
-    # be infinite. sync: on a GPU this waits.
-    if not math.isfinite(value.detach().sum()) and not bool(torch.isfinite(value).all()):
+    if not all_finite(value):  # a NaN would otherwise drive a robot
         raise InputError(f"{name}: holds NaN or infinite values; check the sensor or the data")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fusion import noted, undisturbed
 from .fixed import stage_times
 from .grids import make_grid
 from .methods import find_method
@@ -90,14 +89,14 @@ def solve(
         torch.Size([2, 2])
     """
     if (
-        rtol is atol is cond is time_table is None
+        rtol is atol is time_table is None
         and backend == "auto"
         and not (options or checkpoint_every or torch.compiler.is_compiling())
         and type(checkpoint_every) is int
         and type(params) is tuple
         and not params
     ):
-        again = _solve_again(field, x0, (t0, t1), steps, method, gradient, save)
+        again = _solve_again(field, x0, (t0, t1), steps, method, gradient, save, cond)
         if again is not None:
             return again
     tableau = find_method(method).tableau
@@ -138,20 +137,18 @@ def _solve_again(
     method: Any,
     gradient: Any,
     save: Any,
+    cond: Any,
 ) -> Solution | None:
     """The solution if all of this was asked for before, with defaults for the rest."""
     if not type(method) is type(gradient) is type(save) is str:
         return None
     if type(x0) not in PLAIN_TENSORS or not x0.is_cpu:
         return None
-    plans = noted(field)
-    if not plans or fusion_mode() == "off" or not undisturbed(x0):
+    kind = solve_kind(times, steps, method, gradient, save)
+    if kind is None or fusion_mode() == "off":
         return None
-    kind = solve_kind(x0, times, steps, method, gradient, save)
-    again = None if kind is None else repeat(plans, kind, (x0,))
-    if again is None or (y := again.solve(x0)) is None:
-        return None
-    return Solution(y, make_grid(*times, steps), again.stats)
+    found = repeat(field, kind, (x0,), cond)
+    return None if found is None else Solution(found[0], make_grid(*times, steps), found[1])
 
 
 def stage_time_table(

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..fusion import place_of_notes
+from ..fusion import noted, open_condition, place_of_notes, undisturbed
+from ..ops.layout import is_plain
 from ..ops.network import Inputs
-from ..ops.trajectory import Program
+from ..ops.trajectory import Keep, Program, flatten, rebuild
 from .attached import Solved, SolvedInOneCall
 from .stats import SolveStats, report
 
@@ -27,50 +28,74 @@ if TYPE_CHECKING:
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 KINDS = 32  # noted with a plan; of each the shapes of a batch, and a number of steps
 
+Given = tuple[Tensor, ...]  # the tensors among the arguments: y0, perhaps t, perhaps a condition
+
 # Without the care for functorch's transforms and what they leave behind: there is none of either.
 _attach = super(torch.autograd.Function, SolvedInOneCall).apply  # type: ignore[misc]
 
 
-def odeint_kind(y0: Tensor, method: str, dtype: torch.dtype, times: Sequence[float]) -> tuple:
-    """The kind of a call of `odeint` with default options at times of a dtype."""
-    return (*_mode(y0), method, dtype, *times)
+def odeint_kind(method: str, times: Sequence[float]) -> tuple:
+    """The kind of a call of `odeint` with default options."""
+    return (*_modes(), method, *times)
 
 
 def solve_kind(
-    x0: Tensor, times: tuple[Any, Any], steps: Any, method: str, gradient: str, save: str
+    times: tuple[Any, Any], steps: Any, method: str, gradient: str, save: str
 ) -> tuple | None:
     """The kind of a call of `solve` with equal steps; None if it is of another sort."""
     if type(steps) is not int or type(times[0]) is not float or type(times[1]) is not float:
         return None
-    return (*_mode(x0), method, steps, *times, gradient, save)
+    return (*_modes(), method, steps, *times, gradient, save)
 
 
-def _mode(y0: Tensor) -> tuple:
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return (y0.shape, y0.requires_grad, *modes)
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def repeat(plans: Sequence[Any], kind: tuple, given: tuple[Tensor, ...]) -> Repeat | None:
-    """The noted solve of a kind, if the arguments fit.
+def _of(given: Given, kind: tuple) -> tuple:
+    """A kind for tensors of these shapes."""
+    return (*kind, *[(x.shape, x.dtype, x.requires_grad) for x in given])
+
+
+def repeat(
+    field: Callable, kind: tuple, given: Given, cond: Tensor | None
+) -> tuple[Tensor, SolveStats] | None:
+    """The outputs of a solve of a noted kind and its statistics; None if it is not noted.
+
+    Also None if the last state is not finite: whoever goes the whole way finds out where.
 
     Args:
-        plans: what `noted` found for the user's callable.
+        field: the user's callable.
         kind: see `odeint_kind` and `solve_kind`.
-        given: the tensors among the arguments, y0 first; `undisturbed` is true of it.
+        given: the state, and the times if they are a tensor, all on the host.
+        cond: the condition, if it is given; that which a field holds is looked for.
     """
+    plans = noted(field)
+    if not plans and cond is None and (opened := open_condition(field, given[0])) is not None:
+        plans, cond = noted(opened[0]), opened[1]
+    if not plans or not undisturbed():
+        return None
+    if cond is not None:
+        if type(cond) not in PLAIN_TENSORS:
+            return None
+        given = (*given, cond)
+    kind = _of(given, kind)
     for plan in plans:
         found = plan.notes.get(kind)
         if found and plan.guards.scopes_hold():
             if found.fits(given):
-                return found
+                out = found.solve(given)
+                if out is None:
+                    return None
+                report(found.stats)
+                return out, found.stats
             plan.notes[kind] = None
     return None
 
 
 def remember(
-    field: Callable,
     kind: tuple,
-    given: tuple[Tensor, ...],
+    given: Given,
     route: Route,
     program: Program,
     low_memory: bool,
@@ -80,21 +105,19 @@ def remember(
     """Note a solve that went the whole way, if it is the second one of its kind.
 
     Args:
-        field: the user's callable.
         kind, given: see `repeat`.
         route, program, low_memory: how it went, see `Route.solve`.
         stats: what it reported.
         final: whether the only output is wanted without its number.
     """
-    plan, y0 = route.plan, given[0]
-    if not plan.constant or route.cond is not None or route.kernels.name != "cpu":
+    y0 = given[0]
+    if route.kernels.name != "cpu" or y0.ndim != 2 or not y0.is_contiguous():
         return
-    if y0.ndim != 2 or not y0.is_contiguous():
-        return
-    entry = place_of_notes(field, plan)
+    entry = place_of_notes(route.field, route.plan)
     if entry is None:
         return
-    notes = entry.notes
+    given = given if route.cond is None else (*given, route.cond)
+    notes, kind = entry.notes, _of(given, kind)
     if kind not in notes:
         notes[kind] = None  # seen once
         if len(notes) > KINDS:
@@ -106,7 +129,7 @@ def remember(
 
 
 def _make(
-    given: tuple[Tensor, ...],
+    given: Given,
     read: Sequence[Tensor],
     route: Route,
     program: Program,
@@ -114,21 +137,17 @@ def _make(
     stats: SolveStats,
     final: bool,
 ) -> Repeat | None:
-    y0 = given[0]
-    inputs, keep = route.prepare(program, y0, low_memory)
-    parameters = inputs.parameters
-    if any(x is not own for x, own in zip(parameters, route.plan.tensors, strict=True)):
-        return None  # made for this solve alone
-    if any(x.is_inference() or not x.is_contiguous() for x in (y0, *parameters)):
+    inputs, keep = route.prepare(program, given[0], low_memory)
+    inputs.parameters = [x.contiguous() for x in inputs.parameters]
+    own = [p for p in route.plan.tensors if p is not None]
+    if not all(map(is_plain, (*given, *read))) or not all(x.is_contiguous() for x in own):
         return None
-    known = {id(x) for x in parameters}
-    others = [x for x in read if id(x) not in known]
-    alike = likeness((*given, *parameters, *others))
+    if keep != "nothing" and any(x.is_inference() for x in (*given, *read)):
+        return None  # cannot be kept for the backward pass
+    alike = likeness((*given, *read))
     if alike is None:
         return None
-    kernels: Any = route.kernels
-    solve = kernels.repeated(program, inputs, keep, final)
-    return Repeat(solve, program, inputs, others, alike, keep != "nothing", stats, final)
+    return Repeat(route, program, stats, read, alike, inputs, keep, final)
 
 
 def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
@@ -148,44 +167,84 @@ def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
 
 
 class Repeat:
-    """A solve with everything that is the same for all of its kind."""
+    """A solve with everything that is the same for all of its kind.
+
+    Args:
+        route, program, stats: see `remember`.
+        read: the tensors that the field reads.
+        alike: the test of the tensors among the arguments, and of those.
+        inputs, keep: as `Route.prepare` gives them.
+        final: see `remember`.
+    """
 
     def __init__(
         self,
-        solve: Any,
+        route: Route,
         program: Program,
-        inputs: Inputs,
-        others: Sequence[Tensor],
-        alike: Callable[..., bool],
-        wants_grad: bool,
         stats: SolveStats,
+        read: Sequence[Tensor],
+        alike: Callable[..., bool],
+        inputs: Inputs,
+        keep: Keep,
         final: bool,
     ):
-        self._kernels, self._program = solve, program
-        self._parameters, self._others = inputs.parameters, others
-        self._alike, self._wants_grad = alike, wants_grad
-        self._solved, self.stats = SolvedFinal if final else SolvedAgain, stats
-        self._dtype = torch.get_default_dtype()
+        y0, kernels = inputs.y0, cast(Any, route.kernels)
+        assert y0 is not None
+        self._plan, self._program, self.stats = route.plan, program, stats
+        self._read, self._alike, self._dtype = read, alike, torch.get_default_dtype()
+        self._lead, self._has_cond = y0.shape[:-1], route.cond is not None
+        self._times = program.flat_times(y0.dtype) if route.plan.needs_tables else None
+        self._wants_grad = keep != "nothing"
+        self._parts = None if self._wants_grad else route.plan.parts(route.cond, len(y0))
+        chain = self._parts and self._parts.chain
+        self._of_cond = () if chain is None else tuple(chain.tensors)
+        self._kernels = kernels.repeated(program, inputs, keep, final, chain)
+        self._solved = SolvedFinal if final else SolvedAgain
 
-    def fits(self, given: tuple[Tensor, ...]) -> bool:
+    def fits(self, given: Given) -> bool:
         """Whether the tensors are like those of the first solve."""
-        alike = self._alike(*given, *self._parameters, *self._others)
-        return alike and torch.get_default_dtype() is self._dtype
+        return self._alike(*given, *self._read) and torch.get_default_dtype() is self._dtype
 
-    def solve(self, y0: Tensor) -> Tensor | None:
+    def solve(self, given: Given) -> Tensor | None:
         """The outputs [K, batch, state], or the final one; None if the last is not finite."""
-        tensors = (y0, *self._parameters)
+        if self._wants_grad:
+            return self._with_graph(given)
+        if not torch.is_grad_enabled():
+            return self._without_graph(given)
+        with torch.no_grad():
+            return self._without_graph(given)
+
+    def _with_graph(self, given: Given) -> Tensor | None:
+        inputs = self._bind(given)
+        tensors = flatten(inputs)
         out, run = self._kernels.forward(tensors)
         if not run.finite:
             return None
-        if self._wants_grad:
-            y0, *parameters = [x.detach() for x in tensors]  # the kernels have their addresses
-            inputs = Inputs(y0, parameters, [], [])
-            solved = self._solved(self._kernels, self._program, out, run, inputs)
-            del out
-            out = _attach(solved, *tensors)
-        report(self.stats)
-        return out
+        own = rebuild(inputs, [x.detach() for x in tensors])  # the kernels have their addresses
+        solved = self._solved(self._kernels, self._program, out, run, own)
+        del out
+        return _attach(solved, *tensors)
+
+    def _without_graph(self, given: Given) -> Tensor | None:
+        parts = self._parts
+        if parts is None:
+            tensors = flatten(self._bind(given))
+        else:
+            tensors = [given[0], *parts.parameters]
+            if self._times is not None:
+                tensors += parts.tables(self._times)
+            if self._of_cond:
+                tensors += (given[-1], *self._of_cond)
+        out, run = self._kernels.forward(tensors)
+        return out if run.finite else None
+
+    def _bind(self, given: Given) -> Inputs:
+        """The tensors of the solve."""
+        cond = given[-1] if self._has_cond else None
+        inputs = self._plan.bind(self._times, cond, self._lead)
+        inputs.y0 = given[0]
+        inputs.parameters = [x.contiguous() for x in inputs.parameters]
+        return inputs
 
 
 @dataclass
@@ -194,8 +253,7 @@ class SolvedAgain(Solved):
 
     def gradients(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """The gradients of the tensors from that of the outputs."""
-        given = (self.inputs.y0, *self.inputs.parameters)
-        return self.kernels.backward(self.kept, grad, given, wanted)  # type: ignore
+        return self.kernels.backward(self.kept, grad, flatten(self.inputs), wanted)  # type: ignore
 
 
 class SolvedFinal(SolvedAgain):

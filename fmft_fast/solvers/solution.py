@@ -357,7 +357,7 @@ class SolveRequest:
                 stats = SolveStats(self.method, count, steps, 0, program.last_step)
                 if kind is not None:
                     final = self.save == "final"
-                    remember(self.field, kind, (self.x0,), route, program, low_memory, stats, final)
+                    remember(kind, (self.x0,), route, program, low_memory, stats, final)
         report(stats)
         return Solution(y, t, stats)
 
@@ -366,7 +366,7 @@ class SolveRequest:
         if self.adaptive or self.params or self.backend != "auto":
             return None
         times = self.t0, self.t1
-        return solve_kind(self.x0, times, self.steps, self.method, self.gradient, self.save)
+        return solve_kind(times, self.steps, self.method, self.gradient, self.save)
 
     def _time_rows(self, tableau: Tableau, grid: Tensor) -> Tensor:
         """[N, s, ...]: what the field gets as t."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fusion import NotFusable, Plan, find_plan, noted, open_condition, undisturbed
+from ..fusion import NotFusable, Plan, find_plan, open_condition
 from ..ops.backend import choose_trajectory
 from ..ops.capture import place
 from ..ops.finite import seems_finite
@@ -37,7 +37,7 @@ from .grids import equal_times
 from .inputs import Problem, find_callbacks, real_dtype
 from .methods import METHODS, find_method
 from .recorded_solve import with_recordings
-from .repeated import PLAIN_TENSORS, odeint_kind, remember, repeat
+from .repeated import PLAIN_TENSORS, odeint_kind, remember, repeat, solve_kind
 from .stats import SolveStats, report
 from .tableau import Tableau
 
@@ -89,11 +89,13 @@ class Route:
     """A field and the kernels that solve it.
 
     Attributes:
+        field: the user's callable, or its like whose condition is an argument.
         plan: the field as a network.
         kernels: of the backend that was chosen.
         cond: condition of the field, or None.
     """
 
+    field: Callable[..., Tensor]
     plan: Plan
     kernels: TrajectoryKernels
     cond: Tensor | None
@@ -188,7 +190,8 @@ def find_route(
     plan, trusting = None, mode == "auto" and not anew
     if cond is None and (opened := open_condition(field, y0)) is not None:
         plan = find_plan(opened[0], y0, opened[1], trusting)
-        cond = opened[1] if isinstance(plan, Plan) else None
+        if isinstance(plan, Plan):
+            field, cond = opened
     if not isinstance(plan, Plan):
         plan = find_plan(field, y0, cond, trusting)
     if isinstance(plan, NotFusable):
@@ -201,7 +204,7 @@ def find_route(
         return NotFusable("the times of adaptive steps are not known before, but time is embedded")
     if adaptive and not hasattr(kernels, "adaptive"):
         return NotFusable(f"the kernels of backend {kernels.name} have no step control")
-    return Route(plan, kernels, cond)
+    return Route(field, plan, kernels, cond)
 
 
 def route_or_none(found: Route | NotFusable) -> Route | None:
@@ -310,6 +313,12 @@ def final_state(
     To be called without gradient. That is what `solve` finds, sooner for want of all that goes with
     it. None where kernels do not take it, or the result is not finite: single steps find out where.
     """
+    again = kind = None
+    if backend == "auto" and type(x0) in PLAIN_TENSORS and x0.is_cpu and fusion_mode() != "off":
+        kind = solve_kind(times, steps, method, "none", "final")
+        again = kind and repeat(field, kind, (x0,), cond)
+    if again is not None:
+        return again[0]
     tableau = find_method(method).tableau
     if tableau is None or not tableau.explicit:
         route_or_none(NotFusable(f"{method} is no explicit Runge-Kutta method"))
@@ -323,7 +332,10 @@ def final_state(
     states = route.solve(program, x0, low_memory=False)
     if states is None:
         return None
-    report(SolveStats(method, steps * program.stages, steps, 0, program.last_step))
+    stats = SolveStats(method, steps * program.stages, steps, 0, program.last_step)
+    report(stats)
+    if kind is not None:
+        remember(kind, (x0,), route, program, False, stats, final=True)
     return states[0]
 
 
@@ -396,8 +408,8 @@ def _integrate_fixed(problem: Problem, route: Route, tableau: Tableau) -> Tensor
     report(stats)
     if grid is not None:
         return _interpolate(states, wanted, grid, problem.t)
-    kind = odeint_kind(y0, problem.method, problem.t.dtype, nodes)
-    remember(problem.field.base, kind, (y0, problem.t), route, program, False, stats)
+    kind = odeint_kind(problem.method, nodes)
+    remember(kind, (y0, problem.t), route, program, False, stats)
     return states
 
 
@@ -407,11 +419,10 @@ def odeint_again(func: Callable, y0: Any, t: Any, method: Any) -> Tensor | None:
         return None
     if type(t) is not Tensor or t.ndim != 1 or not (t.is_cpu and y0.is_cpu):
         return None
-    plans = noted(func)
-    if not plans or fusion_mode() == "off" or not undisturbed(y0):
+    if fusion_mode() == "off" or find_callbacks(func):
         return None
-    again = repeat(plans, odeint_kind(y0, method, t.dtype, t.tolist()), (y0, t))
-    return None if again is None or find_callbacks(func) else again.solve(y0)
+    found = repeat(func, odeint_kind(method, t.tolist()), (y0, t), None)
+    return None if found is None else found[0]
 
 
 def _states_between(grid: Grid) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ def short(monkeypatch):
     taken = []
     whole = Repeat.solve
 
-    def solve(self, y0):
-        found = whole(self, y0)
+    def solve(self, given):
+        found = whole(self, given)
         taken.append(found is not None)
         return found
 

@@ -23,7 +23,6 @@ from torch import nn
 
 from fmft_fast import fused, odeint, record_stats, solve
 from fmft_fast.errors import InputError, InputTypeError, NonFiniteError
-from fmft_fast.fields import MLP
 from fmft_fast.solvers import repeated
 
 pytestmark = needs_comparison
@@ -365,20 +364,4 @@ def test_torch_without_the_comparison(call, short, monkeypatch):
     field, y = Field(), torch.randn(4, D)
     for _ in range(4):
         assert_right(call, field, y)
-    assert not short
-
-
-def test_fields_with_tables_and_conditions_go_the_whole_way(short):
-    class Timed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.obs = MLP(D, (4,)), torch.randn(4, D)
-
-        def forward(self, t, x):
-            return self.net(t, x) * torch.cos(3 * t) + self.obs
-
-    field, y = Timed(), torch.randn(4, D)
-    for _ in range(4):
-        assert_right(by_odeint, field, y)
-        field.obs = torch.randn(4, D)
     assert not short
