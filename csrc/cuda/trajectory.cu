@@ -25,14 +25,30 @@ FMFT_KERNEL __launch_bounds__(32 * kReduceGroups) reduce_kernel(const float* par
   out[column] = sum;
 }
 
+// Whether all hidden layers have kCommonTiles tiles, one for every warp of a team, and first of all read the
+// layer before, as the layers of a perceptron do.
+bool has_common_tiles(const Field& field) {
+  const int last = field.layers - 1;
+  if (last == 0 || field.state_tiles > 1 || field.warps != kCommonTiles * field.row_tiles) return false;
+  for (int i = 0; i < last; ++i) {
+    const FieldLayer& layer = field.layer[i];
+    if (layer.tiles != kCommonTiles || layer.first_warp > 0 || layer.consumers == 0) return false;
+    const int source = field.term[layer.first_term].source;
+    const int reader = field.term[field.consumer[layer.first_consumer]].layer;
+    if ((source == 0) != (i == 0) || (reader == last) != (i == last - 1)) return false;
+  }
+  return true;
+}
+
 TrajectoryKernel kernel_of(const Field& field, Pass pass) {
+  const bool common = has_common_tiles(field);
   switch (field.split) {
     case 1:
-      return trajectory_kernel<1>(field.row_tiles, pass);
+      return trajectory_kernel<1>(field.row_tiles, pass, common);
     case 2:
-      return trajectory_kernel<2>(field.row_tiles, pass);
+      return trajectory_kernel<2>(field.row_tiles, pass, common);
     default:
-      return trajectory_kernel<3>(field.row_tiles, pass);
+      return trajectory_kernel<3>(field.row_tiles, pass, common);
   }
 }
 

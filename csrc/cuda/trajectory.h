@@ -2,8 +2,9 @@
 //
 // A block of warps owns 16 or 32 samples for all steps, a team of them each 16. Everything lives in
 // shared memory: the weights as 1 to 3 bf16 terms, the values of the layers (staged in the same form,
-// where the tensor cores read them), the state and the stages in float32. Where each of these lies, and between which layers the
-// block must wait, is planned in fmft_fast/ops/cuda_plan.py; a `Field` is that plan.
+// where the tensor cores read them), the state and the stages in float32. Where each of these lies, and
+// between which layers the block must wait, is planned in fmft_fast/ops/cuda_plan.py; a `Field` is that
+// plan.
 #pragma once
 #include <cstdint>
 #include <vector>

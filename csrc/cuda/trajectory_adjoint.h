@@ -6,9 +6,9 @@
 
 namespace fmft::cuda {
 
-template <int T, int M, bool ByRow>
-struct Adjoint : Block<T, M, ByRow> {
-  using Base = Block<T, M, ByRow>;
+template <int T, int M, bool ByRow, int W>
+struct Adjoint : Block<T, M, ByRow, W> {
+  using Base = Block<T, M, ByRow, W>;
   using Base::field;
   using Base::kRows;
   using Base::row0;
@@ -53,28 +53,30 @@ struct Adjoint : Block<T, M, ByRow> {
   }
 
   // The gradient of the input of the activation of layer i. `meet` is called where others must have come so
-  // far; what needs no other warp comes before.
-  template <class F>
+  // far; what needs no other warp comes before. If K > 0, the first layer that reads the value has K tiles.
+  template <int K, class F>
   FMFT_DEVICE void hidden_gradient(const Back layer, int i, float t, int64_t q, F&& meet) const {
-    const Staged into = staged(layer.delta, kRows, layer.tiles);
-    const Factor from = left<false>(this->own(staged(layer.reader, kRows, layer.reader_tiles)));
-    int c = first_item(this->member(), this->team(), layer.first);
-    Staged weights = staged(layer.weights, 16 * layer.reader_tiles, layer.tiles);
+    const int tiles = W > 0 ? W : layer.tiles, reader_tiles = K > 0 ? K : layer.reader_tiles;
+    const Staged into = staged(layer.delta, kRows, tiles);
+    const Factor from = left<false>(this->own(staged(layer.reader, kRows, reader_tiles)));
+    int c = W > 0 ? this->member() : first_item(this->member(), this->team(), layer.first);
+    Staged weights = staged(layer.weights, 16 * reader_tiles, tiles);
     weights.at += 16 * c;
     Factor w = right<true>(weights);
     uint16_t* at = first_pair(into, this->row_tile(), c);
     float4* derivative = this->own_tile(layer.derivative, c);
     meet();
 #pragma unroll 1
-    while (c < layer.tiles) {
+    while (W > 0 || c < tiles) {
       Tile<> g;
       fill(g, 0.0f);
-      multiply<T, 1, false, true>(g, from, w, layer.reader_tiles);
+      multiply<T, 1, false, true>(g, from, w, reader_tiles);
       if (layer.rare) add_rare(g, field.layer[i], c);
       with_saved(derivative, [&](int n, int e, float slope) { g.at[0][n][e] *= slope; });
       store_tile<T>(into, at, g);
       if (layer.rare) keep_rare(g, field.layer[i], q, c);
       if (layer.vectors >= 0) sum_rows(g, layer, t, c);
+      if (W > 0) return;
       const int next = this->team();
       c += next;
       w.at += 16 * next;
@@ -205,14 +207,17 @@ struct Adjoint : Block<T, M, ByRow> {
 #pragma unroll 1
       while (done > j) add_term(this->outer(--done), t, q);
     };
-#pragma unroll 1
-    for (int v = field.layers - 1; v > 0; --v) {
+    auto hidden = [&](int v, auto tiles) {
       const Back layer = this->back(v);
-      hidden_gradient(layer, v - 1, t, q, [&] {
+      hidden_gradient<decltype(tiles)::value>(layer, v - 1, t, q, [&] {
         if (layer.wait) __syncthreads();
       });
       if (layer.wait) add_until(layer.first_term);
-    }
+    };
+    int v = field.layers - 1;
+    if (W > 0) hidden(v--, Constant<1>{});
+#pragma unroll 1
+    for (; v > 0; --v) hidden(v, Constant<W>{});
     const Back of_state = this->back(0);
     const Factor from =
         left<false>(this->own(staged(of_state.reader, kRows, of_state.reader_tiles)));
@@ -290,11 +295,11 @@ struct Adjoint : Block<T, M, ByRow> {
 
 // The samples share their steps, or each has its own (ByRow): then a sample that has no step left takes one
 // of size 0 from 0, which adds nothing to any gradient.
-template <int T, int M, bool ByRow>
+template <int T, int M, bool ByRow, int W = 0>
 FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const FMFT_GRID_CONSTANT Field field,
                                                               const FMFT_GRID_CONSTANT Solve solve) {
   constexpr int kRows = 16 * M;
-  Adjoint<T, M, ByRow> block{{field, solve}};
+  Adjoint<T, M, ByRow, W> block{{field, solve}};
   if (solve.partials != nullptr) block.partials = solve.partials + blockIdx.x * solve.gradient_size;
   block.load();
   __syncthreads();  // what load() makes zero is written below by other threads

@@ -40,8 +40,9 @@ FMFT_DEVICE int first_item(int one, int all, int first) {
 }
 
 // What the kernels share: M tiles of 16 samples, which have one time or, if ByRow, each its own. A team of
-// warps works on every tile.
-template <int T, int M, bool ByRow = false>
+// warps works on every tile. If W > 0, all hidden layers have W tiles of columns and a team has W warps, see
+// has_common_tiles(): what is known beforehand takes less time.
+template <int T, int M, bool ByRow = false, int W = 0>
 struct Block {
   static constexpr int kRows = 16 * M;
   static constexpr int kPartialStride = kRows + 4;  // of what lanes write, 4 x 8 numbers hit all banks
@@ -52,7 +53,7 @@ struct Block {
   int rows = 0;      // how many there are
   const int own_part = find_part();
 
-  FMFT_DEVICE int team() const { return warps() / M; }
+  FMFT_DEVICE int team() const { return W > 0 ? W : warps() / M; }
   FMFT_DEVICE int row_tile() const { return M > 1 && warp() >= team() ? 1 : 0; }
   FMFT_DEVICE int member() const { return warp() - row_tile() * team(); }
 
@@ -325,24 +326,25 @@ struct Block {
     }
   }
   // Evaluates layer i from staged values; `Backward` also saves the derivative. All that needs no other
-  // warp comes before the barrier.
-  template <bool Backward>
+  // warp comes before the barrier. If K > 0, it reads K tiles.
+  template <bool Backward, int K>
   FMFT_DEVICE void hidden_layer(const Ahead layer, int i, float t, int64_t q) const {
-    int c = first_item(member(), team(), layer.first);
+    const int tiles = W > 0 ? W : layer.tiles, source_tiles = K > 0 ? K : layer.source_tiles;
+    int c = W > 0 ? member() : first_item(member(), team(), layer.first);
     Tile<> z;
-    if (c < layer.tiles) begin(z, layer, i, t, q, c);
-    const Factor x = left<false>(own(staged(layer.source, kRows, layer.source_tiles)));
-    const Staged weights = staged(layer.weights, 16 * layer.tiles, layer.source_tiles);
-    const Staged into = staged(layer.value, kRows, layer.tiles);
+    if (W > 0 || c < tiles) begin(z, layer, i, t, q, c);
+    const Factor x = left<false>(own(staged(layer.source, kRows, source_tiles)));
+    const Staged weights = staged(layer.weights, 16 * tiles, source_tiles);
+    const Staged into = staged(layer.value, kRows, tiles);
     Factor w = right<false>(weights);
     w.at += 16 * c * weights.stride;
     uint16_t* at = first_pair(into, row_tile(), c);
     float4* derivative = own_tile(layer.derivative, c);
     if (layer.wait) __syncthreads();
-    if (c >= layer.tiles) return;
+    if (W == 0 && c >= tiles) return;
 #pragma unroll 1
     for (;;) {
-      multiply<T, 1, false, false>(z, x, w, layer.source_tiles);
+      multiply<T, 1, false, false>(z, x, w, source_tiles);
       if (layer.rare) add_terms(z, field.layer[i], c);
       Tile<> slopes;
       with_activation(layer.activation, [&](auto which) {
@@ -357,7 +359,7 @@ struct Block {
       if (layer.rare) finish_rare<Backward>(z, field.layer[i], q, c);
       store_tile<T>(into, at, z);
       c += team();
-      if (c >= layer.tiles) return;
+      if (W > 0 || c >= tiles) return;
       w.at += 16 * team() * weights.stride;
       at += 16 * team();
       derivative += 64 * M * team();
@@ -385,8 +387,9 @@ struct Block {
 
   template <bool Backward>
   FMFT_DEVICE void hidden_layers(float t, int64_t q) const {
+    if (W > 0) hidden_layer<Backward, 1>(ahead(0), 0, t, q);
 #pragma unroll 1
-    for (int i = 0; i < field.layers - 1; ++i) hidden_layer<Backward>(ahead(i), i, t, q);
+    for (int i = W > 0 ? 1 : 0; i < field.layers - 1; ++i) hidden_layer<Backward, W>(ahead(i), i, t, q);
   }
 
   // The part of an inner dimension that this warp works on in partial_products.

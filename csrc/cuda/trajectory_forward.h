@@ -4,11 +4,11 @@
 
 namespace fmft::cuda {
 
-template <int T, int M>
+template <int T, int M, int W = 0>
 FMFT_KERNEL __launch_bounds__(32 * kMaxWarps, 1) forward_kernel(const FMFT_GRID_CONSTANT Field field,
                                                              const FMFT_GRID_CONSTANT Solve solve) {
-  constexpr int kRows = Block<T, M>::kRows;
-  Block<T, M> block{field, solve};
+  constexpr int kRows = Block<T, M, false, W>::kRows;
+  Block<T, M, false, W> block{field, solve};
   block.load();
   const int state = field.state, size = kRows * state, stages = solve.stages;
   const int64_t plane = solve.batch * state;
