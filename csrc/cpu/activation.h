@@ -12,12 +12,12 @@ inline namespace FMFT_ISA {
 template <class T>
 struct Constants;
 
-// exp(r) = 1 + r + r^2 q(r) for |r| <= log(2) / 2; ln2_high has few bits, so that n ln2_high is exact.
+// exp(r) = 1 + r + r^2 q(r) for |r| <= log(2) / 2; ln2_high has few bits: n ln2_high is exact.
 // erfc(x) = t exp(-x^2) p(2 t - 1) with t = 1 / (1 + x / 2) for x >= 0.
 // atanh(s) = s + s^3 g(s^2) for s <= 1/3. All by interpolation at Chebyshev nodes.
 template <>
 struct Constants<float> {
-  static constexpr float shift = 0x1.8p23f, lowest = -87.33654f, log2e = 1.44269504f;
+  static constexpr float shift = 0x1.8p23f, lowest = -87.33654f, log2e = 1.44269504f, ln2 = 0.693147181f;
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float exp[] = {0.5f, 0.16666577f, 0.0416665546f, 0.00836317905f, 0.00139261836f};
@@ -31,6 +31,7 @@ struct Constants<float> {
 template <>
 struct Constants<double> {
   static constexpr double shift = 0x1.8p52, lowest = -708.39, log2e = 1.4426950408889634;
+  static constexpr double ln2 = 0.69314718055994531;
   static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double exp[] = {
@@ -61,57 +62,79 @@ struct Constants<double> {
       0.085220817813906988};
 };
 
+// From pairs of neighbours, so that fewer products wait for one another.
 template <class V, class T, int N>
 inline V polynomial(V x, const T (&c)[N]) {
-  V y = x * c[N - 1] + c[N - 2];
+  const V square = x * x;
+  constexpr int last = (N - 1) / 2 * 2;
+  const auto pair = [&](int i) { return x * c[i + 1] + c[i]; };
+  V y = last + 1 < N ? square * pair(last) + pair(last - 2) : square * c[last] + pair(last - 2);
 #pragma GCC unroll 32
-  for (int i = N - 3; i >= 0; --i) y = y * x + c[i];
+  for (int i = last - 4; i >= 0; i -= 2) y = y * square + pair(i);
   return y;
 }
 
-// exp(x) - 1 and exp(x) in their parts: exp(x) = scale (1 + rest).
-template <class T>
+// factor exp(x) in its parts, scale (1 + rest). The factor is from 1 to 2, so that no scale is too
+// small. The difference from the factor hides what one log(2) loses; the exponential itself needs it
+// in two parts.
+template <class T, bool Precise>
 struct Exponential {
   Vector<T> scale, rest;
+  T factor;
 
-  explicit Exponential(Vector<T> x) {
+  explicit Exponential(Vector<T> x, T factor = 1) : factor(factor) {
     using N = Constants<T>;
     using Bits = typename Lanes<T>::Mask;
-    x = x < N::lowest ? broadcast(N::lowest) : x;  // keeps NaN
+    x = larger(broadcast(N::lowest), x);  // keeps NaN
     const Vector<T> shifted = x * N::log2e + N::shift;
     const Vector<T> n = shifted - N::shift;
-    const Vector<T> r = (x - n * N::ln2_high) - n * N::ln2_low;
+    Vector<T> r = x - n * (Precise ? N::ln2_high : N::ln2);
+    if (Precise) r -= n * N::ln2_low;
     rest = polynomial(r, N::exp) * (r * r) + r;
-    const Bits one = reinterpret_cast<Bits>(broadcast(T(1)));
-    scale = reinterpret_cast<Vector<T>>((reinterpret_cast<Bits>(shifted) << N::mantissa) + one);
+    const Bits bits = reinterpret_cast<Bits>(broadcast(factor));
+    scale = reinterpret_cast<Vector<T>>((reinterpret_cast<Bits>(shifted) << N::mantissa) + bits);
   }
-
-  Vector<T> value() const { return scale * rest + scale; }
-  Vector<T> minus_one() const { return scale * rest + (scale - T(1)); }
 };
+
+// factor (exp(x) - 1)
+template <class T>
+inline Vector<T> exp_minus_one(Vector<T> x, T factor = 1) {
+  const Exponential<T, false> e(x, factor);
+  return e.scale * e.rest + (e.scale - factor);
+}
 
 // Zero where the exponential is that small: it may be multiplied by a number that is that large.
 template <class T>
 inline Vector<T> exp_of(Vector<T> x) {
-  const Vector<T> value = Exponential<T>(x).value();
-  return x < Constants<T>::lowest ? Vector<T>{} : value;  // keeps NaN
+  const Exponential<T, true> e(x);
+  return x < Constants<T>::lowest ? Vector<T>{} : e.scale * e.rest + e.scale;  // keeps NaN
 }
 
 template <class T>
 inline Vector<T> negative_part(Vector<T> x) {
-  return x > T(0) ? Vector<T>{} : x;  // keeps NaN
+  return smaller(Vector<T>{}, x);  // keeps NaN
 }
 
 template <class T>
 inline Vector<T> magnitude_of(Vector<T> x) {
-  return x < T(0) ? -x : x;
+  using Bits = typename Lanes<T>::Mask;
+  constexpr auto most = std::numeric_limits<typename Lanes<T>::Bits>::max();
+  return reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(x) & most);
+}
+
+// |x| with the sign of `like`.
+template <class T>
+inline Vector<T> with_sign(Vector<T> x, Vector<T> like) {
+  using Bits = typename Lanes<T>::Mask;
+  constexpr auto sign = std::numeric_limits<typename Lanes<T>::Bits>::min();
+  const Bits magnitude = reinterpret_cast<Bits>(magnitude_of<T>(x));
+  return reinterpret_cast<Vector<T>>(magnitude | (reinterpret_cast<Bits>(like) & sign));
 }
 
 template <class T>
 inline Vector<T> tanh_of(Vector<T> x) {
-  const Vector<T> e = Exponential<T>(T(-2) * magnitude_of<T>(x)).minus_one();
-  const Vector<T> y = e / (e + T(2));  // -tanh |x|
-  return x < T(0) ? y : -y;
+  const Vector<T> e = exp_minus_one<T>(T(-2) * magnitude_of<T>(x));
+  return with_sign<T>(e / (e + T(2)), x);
 }
 
 // log(1 + v) = 2 atanh(s) with s = v / (2 + v), for 0 <= v <= 1.
@@ -147,7 +170,7 @@ inline Vector<T> asinh_of(Vector<T> x, Vector<T>& root) {
   k = size > far ? k + T(1) : k;
   V y = k * N::ln2_high + (k * N::ln2_low + log_of_one_and<T>(v));
   y = size < std::numeric_limits<T>::infinity() ? y : size;  // keeps NaN
-  return x < T(0) ? -y : y;
+  return with_sign<T>(y, x);
 }
 
 // sigmoid(x) and 1 - sigmoid(x), both to full precision.
@@ -191,14 +214,14 @@ inline Vector<T> activate(Vector<T> z, T parameter, Vector<T>& slope) {
     if (Slopes) slope = z > T(0) ? one : broadcast(parameter);
     return z > T(0) ? z : z * parameter;
   } else if constexpr (A == Activation::elu) {
-    const V e = parameter * Exponential<T>(negative_part<T>(z)).minus_one();
+    const V e = parameter * exp_minus_one<T>(negative_part<T>(z));
     if (Slopes) slope = z > T(0) ? one : e + parameter;
     return z > T(0) ? z : e;
   } else if constexpr (A == Activation::selu) {
     constexpr T scale = static_cast<T>(kSeluScale), low = static_cast<T>(kSeluScale * kSeluAlpha);
-    const V e = low * Exponential<T>(negative_part<T>(z)).minus_one();
+    const V e = exp_minus_one<T>(negative_part<T>(z), low);
     if (Slopes) slope = z > T(0) ? broadcast(scale) : e + low;
-    return z > T(0) ? z * scale : e;
+    return larger(V{}, z) * scale + e;  // one of them is zero
   } else if constexpr (A == Activation::silu) {
     const Sigmoid<T> s(z);
     const V value = z * s.value;
@@ -271,7 +294,7 @@ inline Vector<T> slope_of(Vector<T> value, T parameter) {
     return r * r;
   } else if constexpr (A == Activation::softplus) {
     const V x = value * parameter;
-    return x > T(20) ? one : -Exponential<T>(-x).minus_one();
+    return x > T(20) ? one : -exp_minus_one<T>(-x);
   } else {
     return one;
   }
