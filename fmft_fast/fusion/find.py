@@ -63,12 +63,12 @@ class _Entry:
         """Whether a call asks for this."""
         return self.about == about and self.is_of(parts, rest) and self.guards.hold()
 
-    def is_refused_still(self, parts: tuple, about: tuple, rest: Any) -> bool:
+    def is_refused_still(self) -> bool:
         """Whether a call need not look whether it can be fused by now; if not, it has to."""
-        if not self.trust or self.about != about or not self.is_of(parts, rest):
+        if not self.trust:
             return False
         self.trust -= 1
-        return bool(self.trust) and self.training == _training(parts)
+        return bool(self.trust) and self.training == _training([ref() for ref in self.parts])
 
 
 def find_plan(
@@ -93,7 +93,8 @@ def find_plan(
     about = _about(y0, cond)
     entries = _cache.get(key, ())
     for entry in entries:
-        if trusting and entry.is_refused_still(parts, about, rest):
+        asked = trusting and entry.trust and entry.about == about and entry.is_of(parts, rest)
+        if asked and entry.is_refused_still():
             return entry.result
         if entry.matches(parts, about, rest):
             result = entry.result
@@ -131,8 +132,8 @@ def noted(field: Callable) -> list[_Entry]:
     return [e for e in _cache.get(name, ()) if e.notes and e.is_of(parts, rest)]
 
 
-def place_of_notes(field: Callable, plan: Plan) -> _Entry | None:
-    """The place for notes that last as long as a plan of this very field."""
+def place_of_notes(field: Callable, plan: Plan | NotFusable) -> _Entry | None:
+    """The place for notes that last as long as a plan of this very field, or its refusal."""
     name, parts, rest = _identity(field)
     for entry in _cache.get(name, ()):
         if entry.result is plan and entry.is_of(parts, rest):

@@ -145,9 +145,10 @@ def _solve_again(
     if type(x0) not in PLAIN_TENSORS or not x0.is_cpu:
         return None
     kind = solve_kind(times, steps, method, gradient, save)
-    if kind is None or fusion_mode() == "off":
+    mode = fusion_mode()
+    if kind is None or mode == "off":
         return None
-    found = repeat(field, kind, (x0,), cond)
+    found = repeat(field, kind, (x0,), cond, mode == "auto")
     return None if found is None else Solution(found[0], make_grid(*times, steps), found[1])
 
 

@@ -58,7 +58,7 @@ def _of(given: Given, kind: tuple) -> tuple:
 
 
 def repeat(
-    field: Callable, kind: tuple, given: Given, cond: Tensor | None
+    field: Callable, kind: tuple, given: Given, cond: Tensor | None, may_step: bool
 ) -> tuple[Tensor, SolveStats] | None:
     """The outputs of a solve of a noted kind and its statistics; None if it is not noted.
 
@@ -69,6 +69,7 @@ def repeat(
         kind: see `odeint_kind` and `solve_kind`.
         given: the state, and the times if they are a tensor, all on the host.
         cond: the condition, if it is given; that which a field holds is looked for.
+        may_step: whether single steps are as welcome as kernels.
     """
     plans = noted(field)
     if not plans and cond is None and (opened := open_condition(field, given[0])) is not None:
@@ -82,9 +83,9 @@ def repeat(
     kind = _of(given, kind)
     for plan in plans:
         found = plan.notes.get(kind)
-        if found and plan.guards.scopes_hold():
-            if found.fits(given):
-                out = found.solve(given)
+        if found and (found.fuses or may_step):
+            if found.fits(plan, given):
+                out = found.solve(field, given)
                 if out is None:
                     return None
                 report(found.stats)
@@ -117,15 +118,22 @@ def remember(
     if entry is None:
         return
     given = given if route.cond is None else (*given, route.cond)
-    notes, kind = entry.notes, _of(given, kind)
-    if kind not in notes:
-        notes[kind] = None  # seen once
-        if len(notes) > KINDS:
-            notes.pop(next(iter(notes)))
-    elif notes[kind] is None:
+    place = look_up(entry.notes, kind, given)
+    if place is not None:
         read = entry.guards.tensors_read
         made = _make(given, read, route, program, low_memory, stats, final)
-        notes[kind] = made or False  # cannot be repeated
+        entry.notes[place] = made or False  # cannot be repeated
+
+
+def look_up(notes: dict[tuple, Any], kind: tuple, given: Given) -> tuple | None:
+    """The place of a solve among notes, if it is to be noted: it was asked for once before."""
+    place = _of(given, kind)
+    if place in notes:
+        return place if notes[place] is None else None
+    notes[place] = None
+    if len(notes) > KINDS:
+        notes.pop(next(iter(notes)))
+    return None
 
 
 def _make(
@@ -175,7 +183,13 @@ class Repeat:
         alike: the test of the tensors among the arguments, and of those.
         inputs, keep: as `Route.prepare` gives them.
         final: see `remember`.
+
+    Attributes:
+        fuses: whether kernels run, not single steps.
+        stats: what every solve reports.
     """
+
+    fuses = True
 
     def __init__(
         self,
@@ -201,11 +215,12 @@ class Repeat:
         self._kernels = kernels.repeated(program, inputs, keep, final, chain)
         self._solved = SolvedFinal if final else SolvedAgain
 
-    def fits(self, given: Given) -> bool:
-        """Whether the tensors are like those of the first solve."""
-        return self._alike(*given, *self._read) and torch.get_default_dtype() is self._dtype
+    def fits(self, entry: Any, given: Given) -> bool:
+        """Whether everything but numbers is like in the first solve."""
+        same = torch.get_default_dtype() is self._dtype and entry.guards.scopes_hold()
+        return same and self._alike(*given, *self._read)
 
-    def solve(self, given: Given) -> Tensor | None:
+    def solve(self, field: Callable, given: Given) -> Tensor | None:
         """The outputs [K, batch, state], or the final one; None if the last is not finite."""
         if self._wants_grad:
             return self._with_graph(given)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import GradientError, InputError, InputTypeError, NonFiniteError
+from ..errors import GradientError, InputError, InputTypeError
 from ..fusion import NotFusable
 from ..ops.backend import choose_kernels
 from ..ops.capture import place
@@ -29,6 +29,7 @@ from .inputs import Problem, normalise, real_dtype
 from .methods import find_method
 from .repeated import PLAIN_TENSORS, remember, solve_kind
 from .replay import KnownTensors
+from .single_steps import find_not_finite, refuse_changes, remember_steps, unroll, versions_of
 from .stats import SolveStats, record_stats, report
 from .stepwise_adjoint import StepwisePlan, solve_stepwise
 from .tableau import Tableau
@@ -251,7 +252,7 @@ class SolveRequest:
         table = layout and layout.table
         if table is None:
             table = self._time_rows(tableau, grid.detach() if discrete else grid)
-        versions = [] if compiling or is_traced() else _versions(x, table)
+        versions = [] if compiling or is_traced() else versions_of(x, table)
         if discrete:
             y = DiscreteSolve.apply(plan, x, grid, table, self.cond, *self.leaves)
         elif known is not None and not self.keeps_graph:
@@ -259,13 +260,10 @@ class SolveRequest:
         else:
             with torch.set_grad_enabled(self.keeps_graph):
                 one_use = compiling or self.keeps_graph
-                y = (_unroll if one_use else _replay)(plan, x, table, self.cond)
+                y = (unroll if one_use else _replay)(plan, x, table, self.cond)
         assert isinstance(y, Tensor)
-        if versions and versions != _versions(x, table):
-            raise InputError(
-                "the field changed t or x in place, which spoils the other steps: write t = t * 2 "
-                "and the like in place of t *= 2"
-            )
+        if versions:
+            refuse_changes(versions, x, table)
         t = grid.detach()
         if self.adaptive and plan.save_all and isinstance(self.steps, Tensor):
             t = self.steps.detach().to(torch.float64)
@@ -273,7 +271,7 @@ class SolveRequest:
         if not compiling:
             end = y[-1] if plan.save_all else y
             if y.device.type == "cpu" and not is_traced() and not all_finite(end.detach()):
-                _find_not_finite(plan, x, table, self.cond, grid)
+                find_not_finite(plan, x, table, self.cond, grid)
             return Solution(y.to(dtype), t, self._report(plan, control, grid))
         return Solution(y.to(dtype), t, SolveStats(self.method, 0, len(plan.h)))
 
@@ -330,11 +328,12 @@ class SolveRequest:
             if reason is None
             else NotFusable(reason)
         )
-        route = route_or_none(found)
+        route, kind = route_or_none(found), self._kind()
         if route is None:
+            if kind is not None and not self.keeps_graph:
+                remember_steps(kind, self.field, found, self.x0, self.cond, self.save == "all")
             return None
         low_memory, t = self.gradient == "discrete", grid
-        kind = self._kind()
         with torch.set_grad_enabled(self.keeps_graph):
             if problem is not None:
                 solved = route.solve_adaptively(problem, low_memory, meet=True)
@@ -396,54 +395,13 @@ class SolveRequest:
         return stats
 
 
-def _versions(*tensors: Tensor) -> list[int]:
-    """How often each was changed in place; torch does not count it for inference tensors."""
-    return [t._version for t in tensors if not t.is_inference()]
-
-
-def _unroll(plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None) -> Tensor:
-    """All steps as ordinary operations."""
-    times = [row.unbind() for row in table.unbind()]
-    states = [x]
-    for n in range(len(plan.h)):
-        y, _ = plan.step(n, states[-1], lambda n, i, y: plan.field(times[n][i], y, cond))
-        states.append(y)
-    return torch.stack(states) if plan.save_all else states[-1]
-
-
 def _replay(plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None) -> Tensor:
     """All steps without a graph, from their recording where there is one."""
     graphs = find_graphs(plan, x, table, cond)
     replayed = graphs.forward(x, keep=plan.save_all) if graphs is not None else None
     if replayed is not None:
         return torch.stack(replayed[0]) if plan.save_all else replayed[0][-1]
-    y = _unroll(plan, x, table, cond)
+    y = unroll(plan, x, table, cond)
     if graphs is not None:
         graphs.settle()
     return y
-
-
-@torch.no_grad()
-def _find_not_finite(
-    plan: DiscretePlan, x: Tensor, table: Tensor, cond: Tensor | None, grid: Tensor
-) -> None:
-    """Raise for a result that is not finite; the steps are repeated to find the one that broke."""
-    if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError("x0 holds NaN or infinite values: expected finite numbers")
-    times = [row.unbind() for row in table.unbind()]
-    for n in range(len(plan.h)):
-
-        def evaluate(n: int, i: int, y: Tensor) -> Tensor:
-            f = plan.field(times[n][i], y, cond)
-            if not bool(torch.isfinite(f).all()):
-                raise NonFiniteError(
-                    f"the field returned NaN or infinite values in step {n} of {len(plan.h)}, "
-                    f"stage {i}, t = {grid[n].item()} to {grid[n + 1].item()}. Check its "
-                    "parameters, or take smaller steps"
-                )
-            return f
-
-        x, _ = plan.step(n, x, evaluate)
-    raise NonFiniteError(
-        "the solution became NaN or infinite, but a second run did not: is the field random?"
-    )

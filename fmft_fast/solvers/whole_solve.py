@@ -38,6 +38,7 @@ from .inputs import Problem, find_callbacks, real_dtype
 from .methods import METHODS, find_method
 from .recorded_solve import with_recordings
 from .repeated import PLAIN_TENSORS, odeint_kind, remember, repeat, solve_kind
+from .single_steps import remember_steps
 from .stats import SolveStats, report
 from .tableau import Tableau
 
@@ -308,24 +309,25 @@ def final_state(
     backend: str = "auto",
     cond: Tensor | None = None,
 ) -> Tensor | None:
-    """Where equal steps of an explicit method lead from x0, in one kernel call.
+    """Where equal steps of an explicit method lead from x0, in one kernel call or asked for again.
 
-    To be called without gradient. That is what `solve` finds, sooner for want of all that goes with
-    it. None where kernels do not take it, or the result is not finite: single steps find out where.
+    To be called without gradient. That is what `solve` finds, without what goes with it. None where
+    kernels do not take it, or the result is not finite: single steps find out where.
     """
-    again = kind = None
-    if backend == "auto" and type(x0) in PLAIN_TENSORS and x0.is_cpu and fusion_mode() != "off":
+    kind, mode = None, fusion_mode()
+    if backend == "auto" and type(x0) in PLAIN_TENSORS and x0.is_cpu and mode != "off":
         kind = solve_kind(times, steps, method, "none", "final")
-        again = kind and repeat(field, kind, (x0,), cond)
-    if again is not None:
-        return again[0]
+        if kind and (again := repeat(field, kind, (x0,), cond, mode == "auto")) is not None:
+            return again[0]
     tableau = find_method(method).tableau
     if tableau is None or not tableau.explicit:
         route_or_none(NotFusable(f"{method} is no explicit Runge-Kutta method"))
         return None
     tableau = tableau.advancing
-    route = route_or_none(find_route(field, x0, tableau.stages, backend, cond))
+    route = route_or_none(found := find_route(field, x0, tableau.stages, backend, cond))
     if route is None:
+        if kind is not None:
+            remember_steps(kind, field, found, x0, cond)
         return None
     network, grid = route.plan.network, equal_times(*times, steps)
     program = make_program(network, tableau, grid, torch.float64, x0.dtype, (steps,))
@@ -421,7 +423,7 @@ def odeint_again(func: Callable, y0: Any, t: Any, method: Any) -> Tensor | None:
         return None
     if fusion_mode() == "off" or find_callbacks(func):
         return None
-    found = repeat(func, odeint_kind(method, t.tolist()), (y0, t), None)
+    found = repeat(func, odeint_kind(method, t.tolist()), (y0, t), None, False)
     return None if found is None else found[0]
 
 

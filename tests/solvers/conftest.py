@@ -14,8 +14,8 @@ def short(monkeypatch):
     taken = []
     whole = Repeat.solve
 
-    def solve(self, given):
-        found = whole(self, given)
+    def solve(self, field, given):
+        found = whole(self, field, given)
         taken.append(found is not None)
         return found
 
