@@ -17,7 +17,8 @@ struct Constants;
 // atanh(s) = s + s^3 g(s^2) for s <= 1/3. All by interpolation at Chebyshev nodes.
 template <>
 struct Constants<float> {
-  static constexpr float shift = 0x1.8p23f, lowest = -87.33654f, log2e = 1.44269504f, ln2 = 0.693147181f;
+  static constexpr float shift = 0x1.8p23f, lowest = -87.33654f, log2e = 1.44269504f;
+  static constexpr float ln2 = 0.693147181f;
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float exp[] = {0.5f, 0.16666577f, 0.0416665546f, 0.00836317905f, 0.00139261836f};
@@ -74,9 +75,8 @@ inline V polynomial(V x, const T (&c)[N]) {
   return y;
 }
 
-// factor exp(x) in its parts, scale (1 + rest). The factor is from 1 to 2, so that no scale is too
-// small. The difference from the factor hides what one log(2) loses; the exponential itself needs it
-// in two parts.
+// factor exp(x) in its parts, scale (1 + rest), where the factor is from 1 to 2, so that no scale is
+// too small. Precise has log(2) in two parts; where 1 is subtracted, one part is enough.
 template <class T, bool Precise>
 struct Exponential {
   Vector<T> scale, rest;

@@ -138,8 +138,8 @@ inline Vector<T> broadcast(T x) {
   return x - Vector<T>{};  // not a sum: x - 0 is x for every x, so that it costs nothing
 }
 
-// a < b ? a : b, and a > b ? a : b, by the one instruction that does just this. (GCC 12 warns of the
-// intrinsics without a mask.)
+// a < b ? a : b, and a > b ? a : b, by the one instruction that does just this. GCC 12 warns of the
+// intrinsics without a mask.
 #if defined(__AVX512F__)
 #define FMFT_PICK(name, type) _mm512_maskz_##name##_p##type(-1, a, b)
 #elif defined(__AVX2__)
