@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +86,8 @@ class Trainer(ABC, Generic[ConfigT]):
         _probe(self._field, self._sight)
         self._mean = sight[0].mean(0)
         self._heldout = None if kept is None else self._pair_heldout(self._choose_rows(kept))
+        if kept is None:
+            self._select_without_heldout()
         self._batches = self._source(data if rows is None else rows)
         self._prepare()
 
@@ -168,6 +172,19 @@ class Trainer(ABC, Generic[ConfigT]):
         chosen = torch.randperm(len(rows[0]), generator=self._random)[:WATCHED_ROWS]
         return tuple(column[chosen.to(column.device)].to(self._device) for column in rows)
 
+    def _select_without_heldout(self) -> None:
+        """Let the last model be the result where nothing tells which one is the best."""
+        config = self.config
+        if config.metric != "heldout" or (config.select == "last" and config.patience is None):
+            return
+        warnings.warn(
+            "the last model is kept, not the best one, as nothing is held out: the rows are too "
+            f"few, or come from a loader batch by batch (coupling {config.coupling}). Pass "
+            "heldout=, or evaluate= with metric=",
+            stacklevel=4,
+        )
+        self.config = dataclasses.replace(config, select="last", patience=None)
+
     def _pair_heldout(self, kept: Batch) -> Batch:
         """Pair held-out rows with noise never trained on, by the rule that training follows.
 
@@ -212,8 +229,15 @@ def _probe(field: nn.Module, rows: Batch) -> None:
             f"expected floating-point data x1, got {x.dtype}; scale them to about unit variance"
         )
     t = torch.full((len(x),), 0.5, dtype=x.dtype, device=x.device)
-    with torch.no_grad():
-        velocity = field(t, x, *cond)
+    try:
+        with torch.no_grad():
+            velocity = field(t, x, *cond)
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise InputError(
+            f"field(t, x{', cond' if cond else ''}) failed for x of shape {list(x.shape)} and t of "
+            f"shape {list(t.shape)}: {error}. Training has a time for every sample, a solve one "
+            "for all: t.reshape(-1, 1).expand(len(x), 1), say, serves both"
+        ) from error
     if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
         got = list(velocity.shape) if isinstance(velocity, Tensor) else type(velocity).__name__
         raise InputError(

@@ -158,14 +158,6 @@ def test_conditions_and_any_state_shape_go_through_both_trainers(coupling, strea
     assert tuned.history[-1]["heldout"] < tuned.history[0]["heldout"]
 
 
-def test_streamed_data_without_heldout_rows_say_what_is_missing(field):
-    loader = DataLoader(toys.two_modes(), batch_size=50)
-    with pytest.raises(ConfigError, match="metric: expected one of curvature, spread"):
-        tune(field, loader, coupling="ot-minibatch", coupling_options={})
-    result = tune(field, loader, coupling="ot-minibatch", coupling_options={}, select="last")
-    assert result.step == 30
-
-
 def test_a_users_measure_can_pick_the_best_model(field):
     values = iter([3.0, 1.0, 2.0, 4.0])
     result = tune(field, metric="mine", evaluate=lambda model: {"mine": next(values)})
@@ -229,6 +221,20 @@ def test_an_interrupted_run_goes_on_with_the_same_trainer(field, tmp_path):
     assert same(tuner.run(resume=True), train(tmp_path / "whole", lambda model: {}).run())
 
 
+@pytest.mark.parametrize("settings", [{}, {"patience": 1}])
+@pytest.mark.parametrize(
+    ("data", "coupling"),
+    [
+        (DataLoader(toys.two_modes(), batch_size=64), "ot-minibatch"),
+        (toys.two_modes()[:3], "ot-fixed"),
+    ],
+)
+def test_without_held_out_rows_the_last_model_is_the_result(field, data, coupling, settings):
+    with pytest.warns(UserWarning, match="last model is kept.*heldout="):
+        result = tune(field, data, coupling=coupling, coupling_options={}, **settings)
+    assert result.step == QUICK["steps"] and "heldout" not in result.history[-1]
+
+
 def test_a_handful_of_rows_is_no_evidence_of_collapse(field):
     result = tune(field, torch.full((5, 1), 2.0), select="last")
     assert result.findings == () and "spread" not in result.history[-1]
@@ -245,6 +251,12 @@ def test_fields_that_cannot_work_are_refused_at_once():
         def forward(self, x, t):
             return self.scale * x
 
+    class OfOneTime(nn.Linear):
+        def forward(self, t, x):
+            return super().forward(torch.cat([x, t.expand(len(x), 1)], -1))
+
+    with pytest.raises(InputError, match=r"t of shape \[2\].*one for all: t.reshape"):
+        FlowMatchingTrainer(OfOneTime(3, 2), x1, progress=False)
     with pytest.raises(InputError, match=r"expected field\(t, x\) to return.*exchanged"):
         FlowMatchingTrainer(Exchanged(), x1, progress=False)
     with pytest.raises(InputError, match=r"as many conditions as data.*\[50, 40\]"):

@@ -30,7 +30,7 @@ from fmft_fast.train import FinetuneConfig, MLEFineTuner, load_weights
 
 loader = DataLoader(x1, batch_size=256, shuffle=True)      # your data, [n, *state]
 config = FinetuneConfig(solver_steps=(2, 10), coupling="ot-semidiscrete", steps=300)
-tuner = MLEFineTuner(field, loader, config=config, out="runs/mine")   # field: v(t, x)
+tuner = MLEFineTuner(field, loader, config=config, out="runs/mine")   # v(t, x), t: [] or [batch]
 result = tuner.run()                                       # Ctrl-C saves, run(resume=True) goes on
 print(result.metrics, result.findings)                     # held-out error; failures by name
 samples = solve(result.model, torch.randn(1000, *x1.shape[1:]), steps=2, gradient="none").y
