@@ -12,7 +12,7 @@ import toys
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fmft_fast.errors import ConfigError, InputError, InputTypeError, NonFiniteError
+from fmft_fast.errors import InputError, InputTypeError, NonFiniteError
 from fmft_fast.fields import MLP
 from fmft_fast.flow import sample
 from fmft_fast.train import (
