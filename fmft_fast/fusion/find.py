@@ -25,6 +25,7 @@ from .refusal import OWN, TORCH, NotFusable, Refusal, source_line
 from .unchanged import CONTAINERS, snapshot
 
 _LIMIT = 32  # results kept per field or code: an ensemble's members may take turns
+_FIELDS = 512  # with results: what a field holds that holds the field itself goes with the oldest
 _SEEN = 1024  # batch sizes remembered per result
 _PATIENCE = 64  # traces of a field, none of which was used again
 _TRUST = 32  # calls for which a field that was not fusable is taken to be so still
@@ -359,9 +360,7 @@ def _weak(parts: tuple, key: Any) -> list[Any]:
         if entries is not None:
             entries[:] = [e for e in entries if all(ref() is not None for ref in e.parts)]
             if not entries:
-                _cache.pop(key, None)
-                if isinstance(key, int):  # an id, which another object may get
-                    _traces.pop(key, None)
+                _forget(key)
 
     refs = []
     for part in parts:
@@ -372,12 +371,20 @@ def _weak(parts: tuple, key: Any) -> list[Any]:
     return refs
 
 
+def _forget(key: Any) -> None:
+    _cache.pop(key, None)
+    if isinstance(key, int):  # an id, which another object may get
+        _traces.pop(key, None)
+
+
 def _itself(part: Any) -> Any:
     return part
 
 
 def _keep(key: Any, entry: _Entry) -> None:
     entries = _cache.setdefault(key, [])
+    while len(_cache) > _FIELDS:
+        _forget(next(iter(_cache)))
     entries[:] = [
         e
         for e in entries

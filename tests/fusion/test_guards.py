@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fmft_fast.fields import MLP
-from fmft_fast.fusion import NotFusable, Plan, find_plan, guards
+from fmft_fast.fusion import NotFusable, Plan, find, find_plan, guards
 from fmft_fast.fusion.find import _cache
 from fmft_fast.fusion.unchanged import PlainUnchanged
 
@@ -221,6 +221,30 @@ def test_a_field_that_is_another_one_every_time_is_not_traced_for_ever():
     results = [find_plan(make(float(i)), y) for i in range(80)]
     assert isinstance(results[0], Plan) and isinstance(results[-1], NotFusable)
     assert "another one at every call" in results[-1].reason
+
+
+def test_fields_that_hold_themselves_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(find, "_FIELDS", 4)
+
+    class OfItself(nn.Linear):
+        def __init__(self):
+            super().__init__(D, D)
+            self.act = self.helper
+
+        def helper(self, x):
+            return torch.tanh(x)
+
+        def forward(self, t, x):
+            return self.act(super().forward(x))
+
+    fields = []
+    for _ in range(10):
+        field = OfItself()
+        assert isinstance(find_plan(field, torch.randn(4, D)), Plan)
+        fields.append(weakref.ref(field))
+    del field
+    gc.collect()
+    assert sum(field() is not None for field in fields) <= 4
 
 
 def test_one_line_of_code_may_serve_any_number_of_networks():
