@@ -116,17 +116,32 @@ inline cpu::Control make_control(const Numbers& control, int64_t max_num_steps) 
           control[5], control[6], max_num_steps, control[7], control[8] != 0};
 }
 
+// Whether Ctrl-C, or another signal whose handler raises, came meanwhile. Only the main thread is told.
+inline bool has_signal() {
+  py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+// Runs work without Python; what a signal's handler has raised goes on from here.
+template <class Work>
+auto interruptible(Work work) {
+  try {
+    py::gil_scoped_release release;
+    return work();
+  } catch (const cpu::Interrupted&) {
+    throw py::error_already_set();
+  }
+}
+
 // (outcome, times, steps, outputs, their weights, rejected steps, evaluations, kept)
 inline py::tuple solve_adaptively(const cpu::Solve& solve, const Numbers& c, const Numbers& b_err,
                                   const Numbers& dense, int order, const Numbers& control,
                                   int64_t max_num_steps, const Numbers& t, int keep, Address out) {
   const cpu::Control numbers = make_control(control, max_num_steps);
-  cpu::Steps steps;
-  {
-    py::gil_scoped_release release;
-    steps = cpu::trajectory_adaptive(solve, c, b_err, dense, order, numbers, t,
-                                     static_cast<cpu::Keep>(keep), pointer(out));
-  }
+  cpu::Steps steps = interruptible([&] {
+    return cpu::trajectory_adaptive(solve, c, b_err, dense, order, numbers, t,
+                                    static_cast<cpu::Keep>(keep), pointer(out), &has_signal);
+  });
   return py::make_tuple(static_cast<int>(steps.outcome), steps.times, steps.h, steps.outputs,
                         steps.weights, steps.rejected, steps.evaluations, std::move(steps.kept));
 }
@@ -168,9 +183,11 @@ inline void bind_per_sample(py::module_& module) {
                 const Numbers& control, int64_t max_num_steps, double t0, double t1, int keep,
                 Address out) {
                const cpu::Control numbers = make_control(control, max_num_steps);
-               py::gil_scoped_release release;
-               return cpu::per_sample_forward(solve, c, b_err, order, numbers, t0, t1,
-                                              static_cast<cpu::Keep>(keep), pointer(out));
+               return interruptible([&] {
+                 return cpu::per_sample_forward(solve, c, b_err, order, numbers, t0, t1,
+                                                static_cast<cpu::Keep>(keep), pointer(out),
+                                                &has_signal);
+               });
              });
   module.def("per_sample_backward",
              [](const cpu::Solve& solve, const cpu::PerSample& kept, Address grad, Address y0,

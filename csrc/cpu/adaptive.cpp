@@ -47,7 +47,8 @@ class Adaptive {
     steps_.kept.kernels->pack(plan_->job);
   }
 
-  Steps run(const std::vector<double>& t, void* out) {
+  Steps run(const std::vector<double>& t, void* out, bool (*asks)()) {
+    Interruption interruption(asks);
     const size_t row = solve_.batch * solve_.field->state * size_;
     const auto row_of = [&](size_t j) { return static_cast<char*>(out) + j * row; };
     direction_ = t.back() >= t.front() ? 1 : -1;
@@ -60,6 +61,7 @@ class Adaptive {
       target_ = direction_ * t[j];
       for (int64_t attempts = 0; target_ > s_; ++attempts) {
         if (attempts >= control_.max_num_steps) return finish(Outcome::too_many_steps);
+        if (interruption.stops()) throw Interrupted{};
         const Outcome outcome = attempt();
         if (outcome != Outcome::done) return finish(outcome);
       }
@@ -219,8 +221,8 @@ class Adaptive {
 Steps trajectory_adaptive(const Solve& solve, const std::vector<double>& c,
                           const std::vector<double>& b_err, const std::vector<double>& dense,
                           int order, const Control& control, const std::vector<double>& t,
-                          Keep keep, void* out) {
-  return Adaptive(solve, c, b_err, dense, order, control, keep).run(t, out);
+                          Keep keep, void* out, bool (*asks)()) {
+  return Adaptive(solve, c, b_err, dense, order, control, keep).run(t, out, asks);
 }
 
 }  // namespace fmft::cpu

@@ -131,7 +131,8 @@ class Lanes {
 class Forward {
  public:
   Forward(const Solve& solve, const Plan& plan, PerSample& kept, const std::vector<double>& b_err,
-          const StepControl& control, double t0, double t1, bool keeps, void* out, int part)
+          const StepControl& control, double t0, double t1, bool keeps, void* out,
+          Interruption& interruption, int part)
       : solve_(solve),
         plan_(plan),
         kept_(kept),
@@ -143,6 +144,7 @@ class Forward {
         begin_(direction_ * t0),
         target_(direction_ * t1),
         out_(static_cast<char*>(out)),
+        interruption_(interruption),
         share_(solve, kept.shape, part),
         lanes_(solve, plan, kept.shape, stages_ + 2),
         slopes_((share_.end - share_.first) * lanes_.line),
@@ -167,7 +169,7 @@ class Forward {
       for (size_t lane = 0; lane < at_.size();)
         if (prepare(lane)) ++lane;
         else retire(lane);
-      if (at_.empty()) return;
+      if (at_.empty() || interruption_.stops()) return;
       lanes_.memory.rows = at_.size();
       kernels_.attempt(lanes_.job, lanes_.memory, lanes_.attempt, sums_.data());
       for (size_t lane = 0; lane < at_.size(); ++lane) judge(lane);
@@ -321,6 +323,7 @@ class Forward {
   const int stages_, direction_;
   const double begin_, target_;
   char* out_;
+  Interruption& interruption_;
   Share share_;
   Lanes lanes_;
   Memory slopes_;
@@ -430,7 +433,7 @@ constexpr int64_t kLikelySteps = 4;
 
 PerSample per_sample_forward(const Solve& given, const std::vector<double>& c,
                              const std::vector<double>& b_err, int order, const Control& control,
-                             double t0, double t1, Keep keep, void* out) {
+                             double t0, double t1, Keep keep, void* out, bool (*asks)()) {
   const Solve solve = of_one_step(given);
   PerSample kept;
   kept.c = c;
@@ -444,9 +447,12 @@ PerSample per_sample_forward(const Solve& given, const std::vector<double>& c,
   plan.job.packs = packs.data();
   kept.shape.kernels->pack(plan.job);
   const StepControl numbers(control, order);
+  Interruption interruption(asks);
   in_threads(kept.shape.parts, [&](int part) {
-    Forward(solve, plan, kept, b_err, numbers, t0, t1, keep != Keep::nothing, out, part).run();
+    Forward(solve, plan, kept, b_err, numbers, t0, t1, keep != Keep::nothing, out, interruption, part)
+        .run();
   });
+  if (interruption.stops()) throw Interrupted{};
   if (keep == Keep::nothing) kept.shape.keep = keep;
   return kept;
 }

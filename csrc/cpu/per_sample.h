@@ -20,10 +20,10 @@ struct PerSample {
 };
 
 // The states at t1; the last step of a row ends there. The method is as for trajectory_adaptive.
-// Stage inputs are kept unless `keep` is nothing.
+// Stage inputs are kept unless `keep` is nothing. Throws Interrupted when `asks` tells to.
 PerSample per_sample_forward(const Solve& solve, const std::vector<double>& c,
                              const std::vector<double>& b_err, int order, const Control& control,
-                             double t0, double t1, Keep keep, void* out);
+                             double t0, double t1, Keep keep, void* out, bool (*asks)());
 
 // The exact gradient, the steps being constant, of that of the final states.
 void per_sample_backward(const Solve& solve, const PerSample& kept, const void* grad,

@@ -240,11 +240,11 @@ struct Steps {
 };
 
 // Outputs at all times t; the method's last stage is the first of the next step, and its last node
-// is 1. `dense` [s, 4] are the coefficients of the dense output.
+// is 1. `dense` [s, 4] are the coefficients of the dense output. Throws Interrupted when `asks` tells to.
 Steps trajectory_adaptive(const Solve& solve, const std::vector<double>& c,
                           const std::vector<double>& b_err, const std::vector<double>& dense,
                           int order, const Control& control, const std::vector<double>& t,
-                          Keep keep, void* out);
+                          Keep keep, void* out, bool (*asks)());
 
 }  // namespace cpu
 }  // namespace fmft

@@ -306,6 +306,8 @@ def direction_of(t: Tensor) -> int:
             f"t[{i}] = {values[i]} and t[{i + 1}] = {values[i + 1]}; "
             "sort it and drop repeated times"
         )
+    if math.isinf(values[0]) or math.isinf(values[-1]):
+        raise InputError(f"t must be finite, got times from {values[0]} to {values[-1]}")
     return sign
 
 
@@ -333,7 +335,10 @@ def _tolerance(name: str, tol: Any, shapes: Sequence[torch.Size] | None, y0: Ten
         tol = torch.cat([part.to(y0.device, y0.abs().dtype) for part in parts])
     if isinstance(tol, Tensor) and tol.ndim:
         return tol.to(y0.device, y0.abs().dtype)
-    return float(tol)
+    tol = float(tol)
+    if not tol >= 0:
+        raise InputError(f"{name} must be a number >= 0, got {tol}")
+    return tol
 
 
 def _split_norm(norm: Norm | None, shapes: Sequence[torch.Size] | None) -> Norm | None:
