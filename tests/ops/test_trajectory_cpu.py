@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.kernel_sets import instruction_set
 from ops.networks import (
     RESIDUALS,
     activation_alone,
@@ -23,6 +22,8 @@ from fmft_fast.solvers.adaptive import AdaptiveSolver, integrate_adaptive
 from fmft_fast.solvers.inputs import normalise
 from fmft_fast.solvers.methods import METHODS as METHODS_BY_NAME
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 cpu = pytest.importorskip("fmft_fast.ops.trajectory_cpu", exc_type=ImportError)
 REFERENCE = Reference()
 METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4", "bosh3", "dopri5", "tsit5")
@@ -37,20 +38,6 @@ NETWORKS = {
     "viscosity": viscosity(2, 16),
     "viscosity on an MLP": viscosity(7, 40, 3, base=True),
 }
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    with instruction_set(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -6,12 +6,13 @@ import functools
 
 import pytest
 import torch
-from ops.kernel_sets import instruction_set
 from ops.networks import chain, make_inputs, make_program, residual, viscosity
 
 from fmft_fast.ops.network import evaluate
 from fmft_fast.ops.trajectory import Control, Reference, flatten, rebuild
 from fmft_fast.solvers.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 cpu = pytest.importorskip("fmft_fast.ops.trajectory_cpu", exc_type=ImportError)
 KERNELS, REFERENCE = cpu.KERNELS, Reference()
@@ -28,20 +29,6 @@ SOLVES = {
     "wide": (chain(32, (300, 300), "tanh"), "euler", 4, 1024),
 }
 RESIDUALS = ("collocated, condition", "lmi, low rank")
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    with instruction_set(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cast(inputs, dtype):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.kernel_sets import instruction_set
 from ops.networks import chain, make_inputs, viscosity
 
 from fmft_fast.ops.network import Inputs, Layer, Network, Term, evaluate
 from fmft_fast.ops.trajectory import Control, flatten, rebuild
 from fmft_fast.solvers.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 cpu = pytest.importorskip("fmft_fast.ops.trajectory_cpu", exc_type=ImportError)
 KERNELS = cpu.KERNELS
@@ -23,20 +24,6 @@ NETWORKS = {
     "one layer": chain(5, ()),
 }
 TIMES = ((0.0, 1.0), (1.0, -0.5))
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    with instruction_set(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def uneven(network, shapes, batch, dtype=torch.float64):
