@@ -33,8 +33,6 @@ def make_grid(t0: float | Tensor, t1: float | Tensor, steps: int | Tensor | None
                 f"steps must be a positive int or a tensor of times [N + 1], got {steps!r}"
             )
         if isinstance(t0, (int, float)) and isinstance(t1, (int, float)) and not is_traced():
-            if not (math.isfinite(t0) and math.isfinite(t1)):
-                raise InputError(f"t0 and t1 must be finite, got {t0} and {t1}")
             return torch.tensor(equal_times(t0, t1, count), dtype=torch.float64)
         grid = _equal_steps(t0, t1, count)
     direction_of(grid)
@@ -51,6 +49,8 @@ def _equal_steps(t0: float | Tensor, t1: float | Tensor, count: int) -> Tensor:
 @lru_cache(maxsize=64)
 def equal_times(t0: float, t1: float, count: int) -> list[float]:
     """The times of equal steps, remembered: they take longer than a small network's step."""
+    if not (math.isfinite(t0) and math.isfinite(t1)):
+        raise InputError(f"t0 and t1 must be finite, got {t0} and {t1}: end where y is wanted")
     grid = _equal_steps(t0, t1, count)
     direction_of(grid)
     return grid.tolist()

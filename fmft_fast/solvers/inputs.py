@@ -307,7 +307,9 @@ def direction_of(t: Tensor) -> int:
             "sort it and drop repeated times"
         )
     if math.isinf(values[0]) or math.isinf(values[-1]):
-        raise InputError(f"t must be finite, got times from {values[0]} to {values[-1]}")
+        raise InputError(
+            f"t must be finite, got {values[0]} to {values[-1]}: end where y is wanted"
+        )
     return sign
 
 

@@ -86,7 +86,7 @@ class Trainer(ABC, Generic[ConfigT]):
         _probe(self._field, self._sight)
         self._mean = sight[0].mean(0)
         self._heldout = None if kept is None else self._pair_heldout(self._choose_rows(kept))
-        if kept is None:
+        if kept is None and evaluate is None:
             self._select_without_heldout()
         self._batches = self._source(data if rows is None else rows)
         self._prepare()
@@ -173,9 +173,12 @@ class Trainer(ABC, Generic[ConfigT]):
         return tuple(column[chosen.to(column.device)].to(self._device) for column in rows)
 
     def _select_without_heldout(self) -> None:
-        """Let the last model be the result where nothing tells which one is the best."""
+        """Let the last model be the result where nothing tells which one is the best.
+
+        With `patience`, which is never a default, the run refuses to go on without the metric.
+        """
         config = self.config
-        if config.metric != "heldout" or (config.select == "last" and config.patience is None):
+        if config.metric != "heldout" or config.select == "last" or config.patience is not None:
             return
         warnings.warn(
             "the last model is kept, not the best one, as nothing is held out: the rows are too "
@@ -183,7 +186,7 @@ class Trainer(ABC, Generic[ConfigT]):
             "heldout=, or evaluate= with metric=",
             stacklevel=4,
         )
-        self.config = dataclasses.replace(config, select="last", patience=None)
+        self.config = dataclasses.replace(config, select="last")
 
     def _pair_heldout(self, kept: Batch) -> Batch:
         """Pair held-out rows with noise never trained on, by the rule that training follows.

@@ -12,7 +12,7 @@ import toys
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fmft_fast.errors import InputError, InputTypeError, NonFiniteError
+from fmft_fast.errors import ConfigError, InputError, InputTypeError, NonFiniteError
 from fmft_fast.fields import MLP
 from fmft_fast.flow import sample
 from fmft_fast.train import (
@@ -221,7 +221,6 @@ def test_an_interrupted_run_goes_on_with_the_same_trainer(field, tmp_path):
     assert same(tuner.run(resume=True), train(tmp_path / "whole", lambda model: {}).run())
 
 
-@pytest.mark.parametrize("settings", [{}, {"patience": 1}])
 @pytest.mark.parametrize(
     ("data", "coupling"),
     [
@@ -229,10 +228,16 @@ def test_an_interrupted_run_goes_on_with_the_same_trainer(field, tmp_path):
         (toys.two_modes()[:3], "ot-fixed"),
     ],
 )
-def test_without_held_out_rows_the_last_model_is_the_result(field, data, coupling, settings):
+def test_without_held_out_rows_the_last_model_is_the_result(field, data, coupling):
+    settings = {"coupling": coupling, "coupling_options": {}}
     with pytest.warns(UserWarning, match="last model is kept.*heldout="):
-        result = tune(field, data, coupling=coupling, coupling_options={}, **settings)
+        result = tune(field, data, **settings)
     assert result.step == QUICK["steps"] and "heldout" not in result.history[-1]
+    with pytest.raises(ConfigError, match="metric: expected one of curvature"):
+        tune(field, data, patience=1, **settings)
+    values = iter([3.0, 1.0, 2.0, 4.0])
+    result = tune(field, data, evaluate=lambda model: {"heldout": next(values)}, **settings)
+    assert result.selected_step == 10
 
 
 def test_a_handful_of_rows_is_no_evidence_of_collapse(field):
